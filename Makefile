@@ -1,0 +1,46 @@
+# Each target with a line of what it does; .ci/run calls the same ones.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench schemas lock clean
+
+help:           ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+.venv/.done: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ksmdist needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python has no venv: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+setup: .venv/.done  ## .venv with the program and the test tools
+
+demo: setup     ## three images made on the spot, scanned, counted
+	$(BIN)/ksmdist demo ksmdist-demo
+
+test: setup     ## the tests
+	$(BIN)/python -m pytest -q
+
+lint: setup     ## style, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup    ## time and memory, beside what else does the job
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/crossover.py
+
+schemas: setup  ## render schemas/*.json from ksmdist/tables.py
+	$(BIN)/python schemas/render.py
+
+lock: setup     ## pin what pyproject.toml names, anew (needs uv)
+	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-annotate --upgrade --custom-compile-command "make lock" -q -o constraints.txt
+
+clean:          ## forget everything made here
+	rm -rf .venv ksmdist-demo dist

@@ -1,0 +1,12 @@
+"""Entry point of a Ray job: `ksmdist run`, on the cluster the job was submitted to."""
+
+import os
+import sys
+
+from ksmdist.cli import main
+
+if __name__ == "__main__":
+    # Ray sets RAY_ADDRESS for a job's driver, so `--engine auto` picks this cluster.
+    os.environ.setdefault("RAY_ADDRESS", "auto")
+    sys.argv[1:1] = ["run", "--quiet"]
+    main()

@@ -1,0 +1,5 @@
+"""python -m ksmdist"""
+
+from ksmdist.cli import main
+
+main()

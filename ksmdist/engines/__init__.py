@@ -1,0 +1,58 @@
+"""Engines: who runs the flow. `inline` is the reference; `ray` is for large inputs and clusters."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ksmdist.engines.base import Engine
+from ksmdist.engines.inline import InlineEngine
+from ksmdist.errors import SettingsError
+
+__all__ = ["Choice", "Engine", "choose", "start"]
+
+RAY_START_S = 4.0
+"""Seconds that starting Ray costs more than importing nothing; benchmarks/crossover.py measures it."""
+
+INLINE_S_PER_GIB = 0.13
+"""Seconds inline takes for a GiB of pages in the page cache; benchmarks/crossover.py measures it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An engine's name, the cluster's address if any, and why this one."""
+
+    name: str
+    address: str | None
+    why: str
+
+
+def choose(engine: str, address: str | None, nbytes: int, cpus: int | None = None) -> Choice:
+    """Which engine to use for `nbytes` of pages; `auto` weighs Ray's start against what it wins.
+
+    address None: RAY_ADDRESS is honoured, as Ray does. Raises SettingsError for an unknown engine.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if engine not in ("auto", "inline", "ray"):
+        raise SettingsError(f"{engine!r} is unknown", "engine", "use auto, inline or ray")
+    if engine != "auto":
+        return Choice(engine, address if engine == "ray" else None, "asked for")
+    if address:
+        return Choice("ray", address, f"the cluster at {address} was named")
+    cpus = cpus or len(os.sched_getaffinity(0))
+    gib = nbytes / (1 << 30)
+    won = gib * INLINE_S_PER_GIB * (1 - 1 / cpus)
+    if won > RAY_START_S:
+        return Choice("ray", None, f"{gib:.1f} GiB on {cpus} CPUs: Ray wins about {won:.0f} s, more than its start")
+    return Choice(
+        "inline", None, f"{gib:.1f} GiB on {cpus} CPUs: Ray would win {won:.1f} s, its start costs {RAY_START_S:.0f} s"
+    )
+
+
+def start(choice: Choice) -> Engine:
+    """Start the chosen engine; close() it after use. Raises EngineError."""
+    if choice.name == "inline":
+        return InlineEngine()
+    from ksmdist.engines.ray import RayEngine  # half a second of imports that inline need not pay
+
+    return RayEngine(choice.address)

@@ -1,0 +1,220 @@
+"""Images whose pages lie uncompressed in one file: runs of pages, and reading them with no copy."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from ksmdist.errors import ImageReadError
+from ksmdist.images.base import BATCH_BYTES, Hole, ImageInfo, page_batch
+
+__all__ = ["ExtentImage", "Extents", "FileStat", "data_extents", "open_file", "populate", "read_rows"]
+
+_MADV_POPULATE_READ = 22  # include/uapi/asm-generic/mman-common.h, Linux 5.14; not named by Python 3.11
+_GATHER_PAGES = 256  # runs shorter than 1 MiB are copied together: a mapping for each costs more
+
+
+@dataclass(frozen=True, slots=True)
+class Extents:
+    """Runs of pages, ascending and disjoint: page[i] + k is at byte offset[i] + k * page_size.
+
+    page, count, offset: int64[n], in pages, pages, bytes. offset -1: the one page of this run is
+    made of `pieces[i]`, a list of (file offset, nbytes) laid end to end.
+    """
+
+    page: np.ndarray
+    count: np.ndarray
+    offset: np.ndarray
+    pieces: Mapping[int, tuple[tuple[int, int], ...]]
+
+    def __len__(self) -> int:
+        return len(self.page)
+
+
+@dataclass(frozen=True, slots=True)
+class FileStat:
+    """Size and fingerprint of an open file."""
+
+    nbytes: int
+    fingerprint: str
+
+
+def open_file(path: str) -> tuple[int, FileStat]:
+    """A read-only descriptor of a regular file, and its size; raises ImageReadError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageReadError(
+            f"cannot be opened: {os.strerror(error.errno or 0)}", path, "check the path and the permissions"
+        ) from None
+    stat = os.fstat(fd)
+    if not os.path.isfile(path):
+        os.close(fd)
+        raise ImageReadError("is not a regular file", path, "name the image files themselves")
+    return fd, FileStat(stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}")
+
+
+def data_extents(fd: int, nbytes: int) -> np.ndarray:
+    """Byte ranges of the file that are not holes: int64[n, 2], ascending; lseek(2), SEEK_DATA."""
+    found: list[tuple[int, int]] = []
+    position = 0
+    while position < nbytes:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data up to the end of the file
+                break
+            found.append((position, nbytes))  # a file system that does not know: all is data
+            break
+        position = os.lseek(fd, start, os.SEEK_HOLE)
+        found.append((start, min(position, nbytes)))
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
+def populate(mapping: mmap.mmap, start: int, nbytes: int) -> bool:
+    """Map these bytes ahead of use; False if some cannot be read, and touching them would be SIGBUS.
+
+    Measured: 250 ns a page hashed from a populated mapping, 370 through pread and a copy.
+    """
+    aligned = start - start % mmap.PAGESIZE
+    try:
+        mapping.madvise(_MADV_POPULATE_READ, aligned, start + nbytes - aligned)
+    except OSError:  # EFAULT, EIO: not readable; EINVAL: a kernel before 5.14, that cannot tell
+        return False
+    return True
+
+
+def read_rows(fd: int, offset: int, count: int, page_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read `count` pages at a byte offset; bytes uint8[n, page_size] of those read, and bool[count] which."""
+    rows = np.zeros((count, page_size), np.uint8)
+    if _pread_into(fd, memoryview(rows).cast("B"), offset):
+        return rows, np.ones(count, bool)
+    readable = np.zeros(count, bool)
+    for index in range(count):  # only where the disk has failed: then each page is asked for alone
+        readable[index] = _pread_into(fd, memoryview(rows[index]), offset + index * page_size)
+    return rows[readable], readable
+
+
+def _pread_into(fd: int, target: memoryview, offset: int) -> bool:
+    done = 0
+    try:
+        while done < len(target):
+            n = os.preadv(fd, [target[done:]], offset + done)
+            if n == 0:
+                return False
+            done += n
+    except OSError:
+        return False
+    return True
+
+
+def content_array(data: pa.Buffer, count: int, page_size: int) -> pa.Array:
+    """`count` pages that lie back to back in `data` as a binary array, with no copy."""
+    offsets = np.arange(0, (count + 1) * page_size, page_size, dtype=np.int32)
+    return pa.BinaryArray.from_buffers(pa.binary(), count, [None, pa.py_buffer(offsets), data])
+
+
+class ExtentImage:
+    """An image whose pages are `extents` of the file `fd`."""
+
+    def __init__(self, fd: int, info: ImageInfo, extents: Extents, holes: tuple[Hole, ...] = ()) -> None:
+        self._fd = fd
+        self._extents = extents
+        self._ends = np.cumsum(extents.count)
+        self.info = info
+        self.holes = holes
+
+    def close(self) -> None:
+        """Let the file go."""
+        os.close(self._fd)
+
+    def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
+        """Pages [start, end) by address; long runs as views of the mapped file, short ones copied."""
+        size = self.info.page_size
+        most = max(1, BATCH_BYTES // size)
+        short: list[tuple[int, int, int]] = []
+        short_pages = 0
+        for index, first, count in self._runs(start, end):
+            if count < _GATHER_PAGES:
+                short.append((index, first, count))
+                short_pages += count
+                if short_pages + _GATHER_PAGES <= most:
+                    continue
+            if short:
+                yield from self._gathered(short)
+                short, short_pages = [], 0
+            if count >= _GATHER_PAGES:
+                for at in range(first, first + count, most):
+                    yield from self._mapped(index, at, min(most, first + count - at))
+        if short:
+            yield from self._gathered(short)
+
+    def _runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(extent, first page in it, pages) that make up pages [start, end)."""
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        while start < end:
+            base = int(self._ends[index] - self._extents.count[index])
+            stop = min(end, int(self._ends[index]))
+            yield index, start - base, stop - start
+            start = stop
+            index += 1
+
+    def _mapped(self, index: int, first: int, count: int) -> Iterator[pa.RecordBatch | Hole]:
+        size = self.info.page_size
+        page = int(self._extents.page[index]) + first
+        offset = int(self._extents.offset[index]) + first * size
+        aligned = offset - offset % mmap.ALLOCATIONGRANULARITY
+        delta, nbytes = offset - aligned, count * size
+        try:
+            mapping = mmap.mmap(self._fd, delta + nbytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=aligned)
+        except (OSError, ValueError):  # ValueError: the file has become shorter
+            mapping = None
+        if mapping is None or not populate(mapping, delta, nbytes):
+            yield from self._read(page, offset, count)
+            return
+        data = pa.py_buffer(mapping).slice(delta, nbytes)
+        yield page_batch(np.arange(page, page + count), content_array(data, count, size), size)
+
+    def _read(self, page: int, offset: int, count: int) -> Iterator[pa.RecordBatch | Hole]:
+        size = self.info.page_size
+        rows, readable = read_rows(self._fd, offset, count, size)
+        pages = np.arange(page, page + count)
+        if len(rows):
+            yield page_batch(pages[readable], content_array(pa.py_buffer(rows), len(rows), size), size)
+        for lost in pages[~readable].tolist():
+            yield Hole(lost * size, 1, "unreadable")
+
+    def _gathered(self, runs: list[tuple[int, int, int]]) -> Iterator[pa.RecordBatch | Hole]:
+        size = self.info.page_size
+        parts, pages = [], []
+        lost: list[int] = []
+        for index, first, count in runs:
+            page = np.arange(count) + int(self._extents.page[index]) + first
+            pieces = self._extents.pieces.get(index)
+            if pieces is None:
+                rows, readable = read_rows(self._fd, int(self._extents.offset[index]) + first * size, count, size)
+            else:
+                rows, readable = self._joined(pieces)
+            parts.append(rows)
+            pages.append(page[readable])
+            lost.extend(page[~readable].tolist())
+        data = np.concatenate(parts)
+        if len(data):
+            yield page_batch(np.concatenate(pages), content_array(pa.py_buffer(data), len(data), size), size)
+        for page_number in lost:
+            yield Hole(page_number * size, 1, "unreadable")
+
+    def _joined(self, pieces: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
+        row = np.zeros((1, self.info.page_size), np.uint8)
+        target = memoryview(row).cast("B")
+        at, readable = 0, True
+        for offset, nbytes in pieces:
+            readable = readable and _pread_into(self._fd, target[at : at + nbytes], offset)
+            at += nbytes
+        return row[: int(readable)], np.array([readable])

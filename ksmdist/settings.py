@@ -1,0 +1,62 @@
+"""Settings of a run: one frozen value, checked when made, written into every run.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from ksmdist.errors import SettingsError
+
+__all__ = ["PAGE_SIZES", "Eligible", "Settings"]
+
+Eligible = Literal["flagged", "all"]
+
+PAGE_SIZES = tuple(1 << shift for shift in range(12, 19))
+"""Page sizes Linux is built with: 4 KiB to 256 KiB, in bytes (arch/*/Kconfig, PAGE_SIZE_*)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything a run depends on besides its images; the defaults are the kernel's (mm/ksm.c).
+
+    page_size:            bytes, one of PAGE_SIZES
+    use_zero_pages:       map pages full of zeros to the shared zero page
+    max_page_sharing:     most mappings of one stable node, 2 or more
+    merge_across_nodes:   False: merge only pages whose frames are on the same NUMA node
+    eligible:             `flagged`: the pages an image marks as eligible (raw images and ELF
+                          cores mark all of theirs); `all`: every page KSM could take if its
+                          whole process were marked
+    format:               force this image format for all images; None detects by magic
+    shard_pages:          pages in a shard; None lets the size of the input decide
+    ranges:               digest ranges, a power of two; None lets the size of the input decide
+
+    Raises SettingsError for a value out of its range.
+    """
+
+    page_size: int = 4096
+    use_zero_pages: bool = False
+    max_page_sharing: int = 256
+    merge_across_nodes: bool = True
+    eligible: Eligible = "flagged"
+    format: str | None = None
+    shard_pages: int | None = None
+    ranges: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            allowed = ", ".join(map(str, PAGE_SIZES))
+            raise SettingsError(f"{self.page_size} is no page size of Linux", "page_size", f"use one of {allowed}")
+        if self.max_page_sharing < 2:
+            raise SettingsError(
+                f"{self.max_page_sharing} is less than the kernel takes", "max_page_sharing", "use 2 or more"
+            )
+        if self.eligible not in ("flagged", "all"):
+            raise SettingsError(f"{self.eligible!r} is unknown", "eligible", "use flagged or all")
+        if self.shard_pages is not None and self.shard_pages < 1:
+            raise SettingsError(f"{self.shard_pages} is not a size", "shard_pages", "use 1 or more")
+        if self.ranges is not None and not (1 <= self.ranges <= 1 << 16 and self.ranges.bit_count() == 1):
+            raise SettingsError(f"{self.ranges} is no power of two up to 65536", "ranges", "use 1, 2, 4, 8 and so on")
+
+    def as_dict(self) -> dict[str, object]:
+        """The settings by name, as run.json and `--json` print them."""
+        return asdict(self)

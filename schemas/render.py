@@ -1,0 +1,12 @@
+"""Write schemas/*.json from ksmdist.tables; tests/test_tables.py checks that they are equal."""
+
+import json
+from pathlib import Path
+
+from ksmdist.tables import TABLES, render
+
+here = Path(__file__).parent
+for old in here.glob("*.json"):
+    old.unlink()
+for table in TABLES.values():
+    (here / f"{table.name}.v{table.version}.json").write_text(json.dumps(render(table), indent=1) + "\n")

@@ -1,0 +1,142 @@
+"""Images made on the spot, and runs on them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
+
+PAGE = 4096
+ZERO = bytes(PAGE)
+
+
+def page(word: int) -> bytes:
+    """A page that no fill word makes, told apart by `word`."""
+    return struct.pack("<QQ", word, word + 1) * (PAGE // 16)
+
+
+def elf_core(
+    segments: Sequence[tuple[int, bytes, int]],
+    note: bytes = b"QEMU",
+    physical: bool = True,
+    offsets: Sequence[int] | None = None,
+    xnum: bool = False,
+    order: str = "<",
+) -> bytes:
+    """An ELF64 core: segments are (address, bytes in the file, memsz); offsets as QEMU's, not page-aligned."""
+    count = len(segments) + 1
+    table_at, data_at = 64, 64 + 56 * count + (64 if xnum else 0)
+    notes = struct.pack(order + "III", len(note) + 1, 0, 0) + (note + b"\0").ljust(-(-(len(note) + 1) // 4) * 4, b"\0")
+    headers = [struct.pack(order + "IIQQQQQQ", 4, 0, data_at, 0, 0, len(notes), len(notes), 0)]
+    body = bytearray(notes)
+    for number, (address, data, memsz) in enumerate(segments):
+        offset = data_at + len(body)
+        if offsets is not None:
+            offset = offsets[number]
+        else:
+            body += data
+        where = (0, address) if physical else (address, 0)
+        headers.append(struct.pack(order + "IIQQQQQQ", 1, 4, offset, *where, len(data), memsz, 0))
+    ident = b"\x7fELF" + bytes([2, 1 if order == "<" else 2, 1]) + bytes(9)
+    shoff = table_at + 56 * count if xnum else 0
+    phnum = 0xFFFF if xnum else count
+    head = ident + struct.pack(
+        order + "HHIQQQIHHHHHH", 4, 62, 1, 0, table_at, shoff, 0, 64, 56, phnum, 64, int(xnum), 0
+    )
+    section = struct.pack(order + "IIQQQQIIQQ", 0, 0, 0, 0, 0, 0, 0, count, 0, 0) if xnum else b""
+    return head + b"".join(headers) + section + bytes(body)
+
+
+Row = tuple[int, bytes | None, int]
+
+
+def arrow_image(path: Path, rows: Sequence[Row], metadata: Mapping[str, str] | None = None, batch: int = 3) -> Path:
+    """A memory_image with rows (address, content, flags), written as a stranger would, by the schema alone."""
+    keys = {"ksmdist.table": "memory_image", "ksmdist.version": "1", "ksmdist.page_size": str(PAGE)}
+    schema = pa.schema([(c.name, c.type) for c in MEMORY_IMAGE.columns], metadata=keys | dict(metadata or {}))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for at in range(0, len(rows), batch):
+            part = rows[at : at + batch]
+            columns = {
+                "address": [row[0] for row in part],
+                "content": [row[1] for row in part],
+                "flags": [row[2] for row in part],
+                "numa_node": [0] * len(part),
+                "frame": [None] * len(part),
+                "region": pa.array([None] * len(part), pa.string()).dictionary_encode(),
+            }
+            arrays = [pa.array(columns[f.name], f.type) if f.name != "region" else columns["region"] for f in schema]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+    return path
+
+
+def eligible(*names: str) -> int:
+    """Flags: eligible, and those named."""
+    return PAGE_FLAGS["eligible"] | sum(PAGE_FLAGS[name] for name in names)
+
+
+MakeImage = Callable[..., Path]
+
+
+@pytest.fixture
+def make_raw(tmp_path: Path) -> MakeImage:
+    """make_raw(name, pages): a raw image; None among the pages is a hole."""
+
+    def make(name: str, pages: Sequence[bytes | None]) -> Path:
+        path = tmp_path / name
+        with open(path, "wb") as sink:
+            for number, content in enumerate(pages):
+                if content is not None:
+                    sink.seek(number * PAGE)
+                    sink.write(content)
+            sink.truncate(len(pages) * PAGE)
+        return path
+
+    return make
+
+
+def table_files(run: Path) -> dict[str, bytes]:
+    """Every Parquet file of a run, by name."""
+    return {str(f.relative_to(run)): f.read_bytes() for f in sorted(run.rglob("*.parquet"))}
+
+
+def manifest(run: Path) -> Any:
+    return json.loads((run / "run.json").read_text())
+
+
+def oracle(images: Mapping[str, Sequence[bytes | None]]) -> dict[str, Any]:
+    """The truth, the slow way: a dict from page bytes to the places that hold them."""
+    places: dict[bytes, list[tuple[str, int]]] = {}
+    for name, pages in images.items():
+        for number, content in enumerate(pages):
+            if content is not None:
+                places.setdefault(content, []).append((name, number * len(content)))
+    other = {content: where for content, where in places.items() if content.strip(b"\0")}
+    copies = [len(where) for where in other.values()]
+    filled = sum(len(w) for c, w in other.items() if c == c[:8] * (len(c) // 8))
+    zero = sum(map(len, places.values())) - sum(copies)
+    return {
+        "stable": {c: (len(w), len({n for n, _ in w}), min(w)) for c, w in places.items() if len(w) > 1},
+        "zero": zero,
+        "duplicate": sum(n for n in copies if n > 1),
+        "unique": copies.count(1),
+        "same_filled": filled,
+        "contents": {
+            "distinct": len(copies),
+            "shared": sum(n > 1 for n in copies),
+            "max_copies": max(copies, default=0),
+        },
+        "absent": sum(content is None for pages in images.values() for content in pages),
+    }
+
+
+def random_pages(rng: np.random.Generator, count: int) -> list[bytes]:
+    return [rng.bytes(PAGE) for _ in range(count)]
