@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ksmdist import images, pipeline, report, tables
-from ksmdist.errors import EXIT_HOLES, EXIT_INTERRUPTED, EXIT_OK, KsmdistError, RunDirectoryError, SettingsError
+from ksmdist.errors import EXIT_HOLES, EXIT_INTERRUPTED, KsmdistError, RunDirectoryError, SettingsError
 from ksmdist.settings import Settings
 from ksmdist.version import __version__
 
@@ -186,6 +186,9 @@ def _run_and_show(
     bar = None if quiet or not sys.stderr.isatty() else report.Bar(sys.stderr)
     try:
         done = pipeline.run(sources, out, settings, engine, address, bar)
+    except KeyboardInterrupt:
+        print("ksmdist: interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
         if bar is not None:
             bar.close()
@@ -201,14 +204,7 @@ def _run_and_show(
 def main() -> None:
     """The console script: run a command, render what it raises, exit with its code."""
     try:
-        code = app(standalone_mode=False)
+        app()
     except KsmdistError as error:
         print(f"ksmdist: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("ksmdist: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(code if isinstance(code, int) else EXIT_OK)

@@ -17,14 +17,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-EXIT_OK = 0
 EXIT_HOLES = 3
 EXIT_INTERRUPTED = 130
 
 __all__ = [
     "EXIT_HOLES",
     "EXIT_INTERRUPTED",
-    "EXIT_OK",
     "EngineError",
     "IdentityError",
     "ImageError",

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from ksmdist.errors import ImageError, SettingsError
+from ksmdist.errors import ImageError, ImageReadError, SettingsError
 from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo
 from ksmdist.images.extents import FileStat, open_file, populate, read_rows
 from ksmdist.tables import MEMORY_IMAGE
@@ -49,8 +49,7 @@ class ArrowImage:
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Rows [start, end): slices of the file's own batches, validated."""
-        size = self.info.page_size
-        most = max(1, BATCH_BYTES // size)
+        most = max(1, BATCH_BYTES // self.info.page_size)
         before = self._last_address(start)
         while start < end:
             index = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -63,6 +62,8 @@ class ArrowImage:
             start += count
 
     def _batch(self, index: int) -> pa.RecordBatch:
+        if os.fstat(self._fd).st_size < self.info.nbytes:  # touching what is gone would be SIGBUS
+            raise ImageReadError("became shorter while it was scanned", self._path, "scan a copy of it")
         try:
             batch = self._reader.get_batch(index)
             batch.validate()

@@ -1,0 +1,138 @@
+"""The program as a person meets it: output, exit codes, errors of one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import PAGE, ZERO, MakeImage, arrow_image, elf_core, page
+
+
+def ksmdist(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "ksmdist", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
+
+
+def test_json_is_the_promised_object(make_raw: MakeImage, tmp_path: Path) -> None:
+    done = ksmdist("run", make_raw("a.raw", [ZERO, ZERO, page(1), None]), "-o", tmp_path / "out", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    printed = json.loads(done.stdout)
+    promised = {
+        "pages": "total absent ineligible zero_mapped_fault zero_mapped_ksm volatile zero duplicate unique",
+        "kinds": "zero same_filled other",
+        "contents": "distinct shared max_copies",
+        "merges": "zero content saved_bytes",
+        "counters": "pages_shared pages_sharing pages_unshared pages_volatile ksm_zero_pages stable_node_chains "
+        "stable_node_dups rmap_items general_profit",
+    }
+    for key, names in promised.items():
+        assert set(printed[key]) == set(names.split()), key
+    assert printed["engine"] == "inline"
+    assert printed["run"] == str(tmp_path / "out")
+    assert printed["settings"]["max_page_sharing"] == 256
+    assert printed["pages"]["absent"] == 1
+
+
+def test_the_table_answers_first(make_raw: MakeImage, tmp_path: Path) -> None:
+    image = make_raw("a.raw", [ZERO, ZERO, ZERO, page(1), page(1), page(2)])
+    done = ksmdist("run", image, "-o", tmp_path / "out", "--use-zero-pages")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0] == (
+        "KSM would save 16.0 KiB of 24.0 KiB (66.7 %); 60.0 % of the merged pages are zero pages."
+    )
+    assert "ksm_zero_pages" in done.stdout
+    assert "engine: inline" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["none.raw", "-o", "out"], 1, "none.raw: cannot be opened: No such file or directory"),
+        (["odd.raw", "-o", "out"], 10, "odd.raw: is not a memory image"),
+        (["good.raw", "-o", "full"], 11, "full: exists and is not an empty directory"),
+        (["good.raw", "-o", "no/such/place"], 11, "no/such/place: cannot be made"),
+        (["good.raw", "-o", "out", "--page-size", "5000"], 2, "page_size: 5000 is no page size"),
+        (["good.raw", "-o", "out", "--max-page-sharing", "1"], 2, "max_page_sharing"),
+        (["good.raw", "-o", "out", "--eligible", "some"], 2, "eligible"),
+        (["good.raw", "-o", "out", "--engine", "spark"], 2, "engine"),
+        (["good.raw"], 2, "Missing option"),
+    ],
+)
+def test_errors_are_one_clear_line(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    (tmp_path / "good.raw").write_bytes(ZERO)
+    (tmp_path / "odd.raw").write_bytes(b"odd")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    done = ksmdist("run", *arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    if code != 2:
+        assert len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_holes_are_said_and_end_with_3(tmp_path: Path) -> None:
+    (tmp_path / "core").write_bytes(elf_core([(0, page(1) + page(2), 2 * PAGE)])[:-PAGE])
+    done = ksmdist("run", tmp_path / "core", "-o", tmp_path / "out")
+    assert done.returncode == 3
+    assert "INCOMPLETE: 1 pages in 1 ranges" in done.stdout
+    assert "holes.parquet" in done.stderr
+
+
+def test_import_then_run(make_raw: MakeImage, tmp_path: Path) -> None:
+    raw = make_raw("guest.raw", [ZERO, page(1), None, page(1)])
+    assert ksmdist("import", raw, "-o", tmp_path / "guest.arrow").returncode == 0
+    done = ksmdist("run", tmp_path / "guest.arrow", "-o", tmp_path / "out", "--json")
+    assert json.loads(done.stdout)["pages"]["absent"] == 1
+    again = ksmdist("import", raw, "-o", tmp_path / "guest.arrow")
+    assert again.returncode == 11
+    several = tmp_path / "several"
+    several.mkdir()
+    made = ksmdist("import", raw, make_raw("other.raw", [page(3)]), "-o", several)
+    assert made.returncode == 0, made.stderr
+    assert sorted(path.name for path in several.iterdir()) == ["guest.arrow", "other.arrow"]
+    bad = ksmdist("import", raw, make_raw("third.raw", [page(3)]), "-o", tmp_path / "both.arrow")
+    assert (bad.returncode, (tmp_path / "both.arrow").exists()) == (10, False)
+
+
+def test_schema_is_enough_to_write_an_image(tmp_path: Path) -> None:
+    schema = json.loads(ksmdist("schema", "memory_image").stdout)
+    assert schema["columns"][2]["bits"]["eligible"] == 1
+    assert {schema["name"] for schema in json.loads(ksmdist("schema").stdout)} >= {"memory_image", "stable_tree"}
+    assert ksmdist("schema", "nothing").returncode == 2
+    image = arrow_image(tmp_path / "x.arrow", [(0, page(1), schema["columns"][2]["bits"]["eligible"])])
+    assert ksmdist("run", image, "-o", tmp_path / "out").returncode == 0
+
+
+def test_demo_looks_real_and_can_be_repeated(tmp_path: Path) -> None:
+    for _ in range(2):
+        done = ksmdist("demo", tmp_path / "demo", "--json")
+        assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert 0.35 < summary["pages"]["zero"] / summary["pages"]["total"] < 0.40
+    assert summary["pages"]["absent"] == 3 * 1024
+    assert summary["kinds"]["same_filled"] == 120
+    assert summary["merges"]["content"] > 2500
+
+
+def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys, ksmdist.pipeline as p, ksmdist.cli as c\n"
+        "def stop(*a): raise KeyboardInterrupt\n"
+        "p.digests.digest_pages = stop\n"
+        "sys.argv = ['ksmdist', 'run', 'a.raw', '-o', 'out']\n"
+        "c.main()\n"
+    )
+    (tmp_path / "a.raw").write_bytes(ZERO)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.raw"]
