@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench schemas lock clean
+.PHONY: help setup demo test lint schemas lock clean
 
 help:           ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -29,11 +29,6 @@ lint: setup     ## style, types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-bench: setup    ## time and memory, beside what else does the job
-	$(BIN)/python benchmarks/peers.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/crossover.py
 
 schemas: setup  ## render schemas/*.json from ksmdist/tables.py
 	$(BIN)/python schemas/render.py

@@ -51,7 +51,7 @@ def classify(page: pa.RecordBatch, image: int, eligible: Eligible, page_size: in
     word = word_column.fill_null(0).to_numpy()
 
     def flag(name: str) -> np.ndarray:
-        return (flags & np.uint32(PAGE_FLAGS[name])) != 0
+        return np.asarray((flags & np.uint32(PAGE_FLAGS[name])) != 0)
 
     zero_mapped = flag("zero_mapped") & ~has_bytes
     could = (has_bytes | zero_mapped) & ~flag("file")

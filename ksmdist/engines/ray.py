@@ -42,7 +42,7 @@ class RayEngine:
     def __init__(self, address: str | None = None, cpus: int | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        local = {} if address else {"num_cpus": cpus, "include_dashboard": False}
+        local: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
         try:
             ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
         except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
@@ -51,7 +51,8 @@ class RayEngine:
                 address or "local",
                 "check the address and that its Ray has this version, or use --engine inline",
             ) from None
-        self._in_flight = max(2, int(ray.cluster_resources().get("CPU", 1))) * _TASKS_A_CPU
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        self._in_flight = max(2, int(resources.get("CPU", 1))) * _TASKS_A_CPU
 
     def shuffle(
         self,
@@ -65,7 +66,7 @@ class RayEngine:
         """See Engine.shuffle. Tables stay in Ray's object store: the driver sees summaries and results only."""
         try:
             map_fn, reduce_fn = ray.put(map), ray.put(reduce)
-            scan = ray.remote(_map).options(name="scan", num_returns=1 + ranges)
+            scan: Any = ray.remote(_map).options(name="scan", num_returns=1 + ranges)
             tables: list[list[Any]] = [[] for _ in range(len(tasks))]
 
             def start_map(number: int) -> Any:

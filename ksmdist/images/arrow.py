@@ -203,7 +203,7 @@ def _info(schema: pa.Schema, path: str, page_size: int, rows: int, stat: FileSta
     kind = values["ksmdist.kind"] or ""
     if kind not in ("guest", "process", "container", "kernel"):
         raise ImageError(f"metadata ksmdist.kind is {kind!r}", path, _HINT)
-    caveats = ()
+    caveats: tuple[str, ...] = ()
     try:
         source = json.loads(values["ksmdist.source"] or "{}")
         if source.get("filter_level"):

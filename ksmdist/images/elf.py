@@ -121,7 +121,7 @@ def _less(whole: _Ranges, part: _Ranges) -> list[tuple[int, int]]:
     order = np.argsort(edges, kind="stable")
     edges, level = edges[order], np.cumsum(step[order])
     # level 1: in whole, not in part
-    spans = np.flatnonzero((level[:-1] == 1) & (edges[:-1] < edges[1:])) if len(edges) else []
+    spans = np.flatnonzero((level[:-1] == 1) & (edges[:-1] < edges[1:]))
     return [(int(edges[i]), int(edges[i + 1])) for i in spans]
 
 

@@ -93,11 +93,11 @@ def populate(mapping: mmap.mmap, start: int, nbytes: int) -> bool:
 def read_rows(fd: int, offset: int, count: int, page_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Read `count` pages at a byte offset; bytes uint8[n, page_size] of those read, and bool[count] which."""
     rows = np.zeros((count, page_size), np.uint8)
-    if _pread_into(fd, memoryview(rows).cast("B"), offset):
+    if _pread_into(fd, rows.data.cast("B"), offset):
         return rows, np.ones(count, bool)
     readable = np.zeros(count, bool)
     for index in range(count):  # only where the disk has failed: then each page is asked for alone
-        readable[index] = _pread_into(fd, memoryview(rows[index]), offset + index * page_size)
+        readable[index] = _pread_into(fd, rows[index].data, offset + index * page_size)
     return rows[readable], readable
 
 
@@ -212,7 +212,7 @@ class ExtentImage:
 
     def _joined(self, pieces: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
         row = np.zeros((1, self.info.page_size), np.uint8)
-        target = memoryview(row).cast("B")
+        target = row.data.cast("B")
         at, readable = 0, True
         for offset, nbytes in pieces:
             readable = readable and _pread_into(self._fd, target[at : at + nbytes], offset)
