@@ -77,12 +77,13 @@ def _fill_words(rows: np.ndarray, joined: bytes, page_size: int) -> tuple[np.nda
     if len(rows) == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.uint64)
     words = rows.view("<u8")
-    first = words[:, 0]
-    like = first == words[:, -1]
-    for column in (words.shape[1] // 2, words.shape[1] // 3):
-        like &= first == words[:, column]
-    candidates = np.flatnonzero(like)
-    value = first[candidates].astype(np.uint64)
+    # The first two words share a cache line; only pages that repeat there are looked at elsewhere.
+    candidates = np.flatnonzero(words[:, 0] == words[:, 1])
+    first = words[candidates, 0]
+    for column in (words.shape[1] // 3, words.shape[1] // 2, words.shape[1] - 1):
+        like = words[candidates, column] == first
+        candidates, first = candidates[like], first[like]
+    value = first.astype(np.uint64)
     zero = np.frombuffer(fill_digest(0, page_size), "V16")[0]
     same = (value == 0) & (np.frombuffer(joined, "V16")[candidates] == zero)
     left = np.flatnonzero(value != 0)

@@ -12,10 +12,10 @@ from ksmdist.errors import SettingsError
 __all__ = ["Choice", "Engine", "choose", "start"]
 
 RAY_START_S = 4.0
-"""Seconds that starting Ray costs more than importing nothing; benchmarks/crossover.py measures it."""
+"""Seconds that starting Ray costs: about 4 with its import, the workers' start and its stop (2 CPUs, Ray 2.60)."""
 
-INLINE_S_PER_GIB = 0.13
-"""Seconds inline takes for a GiB of pages in the page cache; benchmarks/crossover.py measures it."""
+INLINE_S_PER_GIB = 0.22
+"""Seconds of scanning and merging a GiB of pages in the page cache, which Ray would spread over its workers."""
 
 
 @dataclass(frozen=True, slots=True)
