@@ -14,6 +14,7 @@ help:           ## what there is
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m compileall -q ksmdist
 	@touch $@
 
 setup: .venv/.done  ## .venv with the program and the test tools
@@ -33,8 +34,9 @@ lint: setup     ## style, types, import directions
 schemas: setup  ## render schemas/*.json from ksmdist/tables.py
 	$(BIN)/python schemas/render.py
 
-lock: setup     ## pin what pyproject.toml names, anew (needs uv)
-	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+lock: setup     ## pin what pyproject.toml names, anew
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-annotate --upgrade --custom-compile-command "make lock" -q -o constraints.txt
 
 clean:          ## forget everything made here

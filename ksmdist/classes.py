@@ -7,16 +7,18 @@ ksm_next_page_pmd_entry (6.18): present, anonymous, in a VM_MERGEABLE mapping.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
+from ksmdist.columns import arrow, joined, present, values
 from ksmdist.digests import fill_digest
+from ksmdist.groups import group_min, group_starts, group_sum, order_by
 from ksmdist.settings import Eligible
 from ksmdist.tables import CLASSES, KINDS, PAGE_FLAGS, SHARD_CONTENT
 
-__all__ = ["Classified", "classify", "combine", "digest_words", "new_groups"]
+__all__ = ["Classified", "classify", "combine", "digest_words"]
 
 _CLASS = {name: code for code, name in enumerate(CLASSES)}
 _DECIDED_LATER = len(CLASSES)
@@ -28,7 +30,7 @@ class Classified:
 
     classes: int64[len(CLASSES)], pages; `duplicate` and `unique` are still 0
     kinds:   int64[len(KINDS)], pages
-    content: `shard_content`, sorted
+    content: `shard_content` rows, a row a page but for zero pages; combine() makes the table of them
     """
 
     classes: np.ndarray
@@ -37,18 +39,14 @@ class Classified:
 
 
 def classify(page: pa.RecordBatch, image: int, eligible: Eligible, page_size: int) -> Classified:
-    """A `page` batch of one image -> its pages by class and kind, and its contents combined.
+    """A `page` batch of one image -> its pages by class and kind, and what they hold.
 
     eligible `all`: every page that KSM could take were its mapping marked; never file pages or
     pages with neither bytes nor the zero page.
     """
-    flags = page.column("flags").to_numpy()
-    address = page.column("address").to_numpy()
-    node = page.column("numa_node").to_numpy()
-    digest, has_bytes = _digest_rows(page.column("digest"))
-    word_column = page.column("fill_word")
-    filled = word_column.is_valid().to_numpy(zero_copy_only=False)
-    word = word_column.fill_null(0).to_numpy()
+    address, flags, node, digest, word = (values(column) for column in page.columns)
+    has_bytes = present(page.column("digest"))
+    filled = present(page.column("fill_word"))
 
     def flag(name: str) -> np.ndarray:
         return np.asarray((flags & np.uint32(PAGE_FLAGS[name])) != 0)
@@ -67,43 +65,39 @@ def classify(page: pa.RecordBatch, image: int, eligible: Eligible, page_size: in
     kinds = np.array([zero.sum(), (filled & ~zero).sum(), (has_bytes & ~filled).sum()], np.int64)
     assert len(kinds) == len(KINDS)
 
-    placed = may & by_ksm  # was a zero page with a frame of its own before KSM took it
-    if placed.any():
-        digest = digest.copy()
-        digest[placed] = np.frombuffer(fill_digest(0, page_size), np.uint8)
-        filled = filled | placed
-    keep = has_bytes | placed
-    if not keep.all():
-        digest, address, node, may, filled, word = (
-            column[keep] for column in (digest, address, node, may, filled, word)
-        )
-    n = len(address)
-    content = _combine(digest, np.full(n, image, np.int32), node, may, np.ones(n, np.int64), address, filled, word)
-    return Classified(classes, kinds, content)
+    # A page that KSM mapped to the zero page was a zero page with a frame of its own before.
+    zeros = _zero_rows(zero | (may & by_ksm), may, node)
+    other = np.flatnonzero(has_bytes & ~zero)
+    n = len(zeros)
+    rows = _Rows(
+        digest=np.concatenate((np.tile(np.frombuffer(fill_digest(0, page_size), np.uint8), (n, 1)), digest[other])),
+        image=np.full(n + len(other), image, np.int32),
+        node=np.concatenate((node[zeros.first], node[other])),
+        eligible=np.concatenate((may[zeros.first], may[other])),
+        pages=np.concatenate((zeros.pages, np.ones(len(other), np.int64))),
+        address=np.concatenate((address[zeros.first], address[other])),
+        filled=np.concatenate((np.ones(n, bool), filled[other])),
+        word=np.concatenate((np.zeros(n, np.uint64), word[other])),
+    )
+    return Classified(classes, kinds, rows.table())
 
 
 def combine(contents: Sequence[pa.Table]) -> pa.Table:
-    """`shard_content` tables -> one, a row for each (digest, image, numa_node, eligible), sorted.
+    """`shard_content` rows -> the table: a row for each (digest, image, numa_node, eligible), sorted.
 
     Associative and commutative.
     """
-    if not contents:
+    if not any(map(len, contents)):
         return SHARD_CONTENT.schema.empty_table()
-    table = pa.concat_tables(contents).combine_chunks()
-    if len(contents) == 1 or len(table) == 0:
-        return table
-    digest, _ = _digest_rows(table.column("digest").combine_chunks())
-    fill = table.column("fill_word")
-    return _combine(
-        digest,
-        table.column("image").to_numpy(),
-        table.column("numa_node").to_numpy(),
-        table.column("eligible").to_numpy(),
-        table.column("pages").to_numpy(),
-        table.column("first_address").to_numpy(),
-        fill.is_valid().to_numpy(),
-        fill.fill_null(0).to_numpy(),
-    )
+    digest, image, node, may, pages, address, word = (joined(contents, name) for name in SHARD_CONTENT.schema.names)
+    filled = np.concatenate([present(chunk) for table in contents for chunk in table.column("fill_word").chunks])
+    rows = _Rows(digest, image, node, may, pages, address, filled, word)
+    high, low = digest_words(rows.digest)
+    order = order_by(high, low, rows.image, rows.node, rows.eligible)
+    rows = rows.take(order)
+    starts = group_starts(high[order], low[order], rows.image, rows.node, rows.eligible)
+    combined = rows if len(starts) == len(order) else rows.take(starts)
+    return replace(combined, pages=group_sum(rows.pages, starts), address=group_min(rows.address, starts)).table()
 
 
 def digest_words(digest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,65 +106,56 @@ def digest_words(digest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64)
 
 
-def new_groups(*columns: np.ndarray) -> np.ndarray:
-    """bool[n]: where a row of these sorted columns differs from the row before it; the first does."""
-    n = len(columns[0])
-    new = np.zeros(n, bool)
-    new[:1] = True
-    for column in columns:
-        new[1:] |= column[1:] != column[:-1]
-    return new
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The columns of `shard_content`; `filled` says where `word` is not null."""
+
+    digest: np.ndarray
+    image: np.ndarray
+    node: np.ndarray
+    eligible: np.ndarray
+    pages: np.ndarray
+    address: np.ndarray
+    filled: np.ndarray
+    word: np.ndarray
+
+    def take(self, at: np.ndarray) -> _Rows:
+        digest = self.digest.view("V16")[:, 0][at].view(np.uint8).reshape(-1, 16)
+        return _Rows(
+            digest,
+            self.image[at],
+            self.node[at],
+            self.eligible[at],
+            self.pages[at],
+            self.address[at],
+            self.filled[at],
+            self.word[at],
+        )
+
+    def table(self) -> pa.Table:
+        columns = [self.digest, self.image, self.node, self.eligible, self.pages, self.address]
+        return pa.Table.from_arrays(
+            [*map(arrow, columns), arrow(self.word, null=~self.filled)], schema=SHARD_CONTENT.schema
+        )
 
 
-def _digest_rows(digest: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed_size_binary(16) array as uint8[n, 16], and bool[n] which are not null."""
-    n = len(digest)
-    if n == 0:
-        return np.zeros((0, 16), np.uint8), np.zeros(0, bool)
-    data = np.frombuffer(digest.buffers()[1], np.uint8, n * 16, digest.offset * 16).reshape(n, 16)
-    if digest.null_count == 0:
-        return data, np.ones(n, bool)
-    return data, digest.is_valid().to_numpy(zero_copy_only=False)
+@dataclass(frozen=True, slots=True)
+class _Zeros:
+    """Zero pages by (node, eligible): the first row of each, and how many pages."""
+
+    first: np.ndarray
+    pages: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first)
 
 
-def _sorted_by(high: np.ndarray, low: np.ndarray, rest: Sequence[np.ndarray]) -> np.ndarray:
-    """The order by (high, low, *rest). One stable sort of 64 bits does it unless there are ties to break."""
-    order = np.argsort(high, kind="stable")
-    tied = high[order][1:] == high[order][:-1]
-    for column in (low, *rest):
-        if bool((tied & (column[order][1:] < column[order][:-1])).any()):
-            return np.lexsort((*reversed(rest), low, high))
-        tied &= column[order][1:] == column[order][:-1]
-    return order
-
-
-def _combine(
-    digest: np.ndarray,
-    image: np.ndarray,
-    node: np.ndarray,
-    eligible: np.ndarray,
-    pages: np.ndarray,
-    address: np.ndarray,
-    filled: np.ndarray,
-    word: np.ndarray,
-) -> pa.Table:
-    # A sort and reduceat: a third faster here than pyarrow's group_by, and it leaves sorted runs,
-    # which make the merge's own sort nearly free (docs/design.md, decisions).
-    if len(pages) == 0:
-        return SHARD_CONTENT.schema.empty_table()
-    high, low = digest_words(digest)
-    order = _sorted_by(high, low, (image, node, eligible))
-    starts = np.flatnonzero(new_groups(high[order], low[order], image[order], node[order], eligible[order]))
-    first = order[starts]
-    columns = [
-        pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(16), len(first), [None, pa.py_buffer(np.ascontiguousarray(digest[first]))]
-        ),
-        pa.array(image[first]),
-        pa.array(node[first]),
-        pa.array(eligible[first]),
-        pa.array(np.add.reduceat(pages[order], starts)),
-        pa.array(np.minimum.reduceat(address[order], starts)),
-        pa.array(word[first], mask=~filled[first]),
-    ]
-    return pa.Table.from_arrays(columns, schema=SHARD_CONTENT.schema)
+def _zero_rows(zero: np.ndarray, may: np.ndarray, node: np.ndarray) -> _Zeros:
+    at = np.flatnonzero(zero)
+    low = int(node.min(initial=0))
+    key = (node[at].astype(np.intp) - low) * 2 + may[at]
+    pages = np.bincount(key)
+    first = np.zeros(len(pages), np.intp)
+    first[key[::-1]] = at[::-1]  # the last that is written stays: the first row
+    kept = np.flatnonzero(pages)
+    return _Zeros(first[kept], pages[kept])

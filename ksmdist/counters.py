@@ -58,7 +58,7 @@ class Identity:
 
 def _columns(spectrum: pa.Table, by_node: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(is zero, copies, contents) of the rows for single nodes, or of those for all nodes together."""
-    node_known = spectrum.column("numa_node").is_valid().to_numpy()
+    node_known = np.array([node is not None for node in spectrum.column("numa_node").to_pylist()], bool)
     chosen = node_known if by_node else ~node_known
     kind = np.array(spectrum.column("kind").to_pylist(), dtype=object)
     copies = spectrum.column("copies").to_numpy()

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from ksmdist.columns import arrow, present
 from ksmdist.tables import PAGE
 
 __all__ = ["digest_pages", "fill_digest"]
@@ -36,13 +37,12 @@ def digest_pages(batch: pa.RecordBatch, page_size: int) -> pa.RecordBatch:
     at, word = _fill_words(rows, joined, page_size)
     n = len(batch)
     if content.null_count == 0:
-        digest = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), n, [None, pa.py_buffer(joined)])
+        digest = arrow(np.frombuffer(joined, np.uint8).reshape(-1, 16))
     else:
-        valid = content.is_valid().to_numpy(zero_copy_only=False)
+        valid = present(content)
         spread = np.zeros((n, 16), np.uint8)
         spread[valid] = np.frombuffer(joined, np.uint8).reshape(-1, 16)
-        mask = pa.py_buffer(np.packbits(valid, bitorder="little"))
-        digest = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), n, [mask, pa.py_buffer(spread)])
+        digest = arrow(spread, null=~valid)
         at = np.flatnonzero(valid)[at]
     words = np.zeros(n, np.uint64)
     words[at] = word
@@ -53,7 +53,7 @@ def digest_pages(batch: pa.RecordBatch, page_size: int) -> pa.RecordBatch:
         batch.column("flags"),
         batch.column("numa_node"),
         digest,
-        pa.array(words, mask=other),
+        arrow(words, null=other),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=PAGE.schema)
 
@@ -69,25 +69,26 @@ def _rows(content: pa.Array, page_size: int) -> np.ndarray:
 
 
 def _fill_words(rows: np.ndarray, joined: bytes, page_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows repeat one word (int64 indices) and that word (uint64).
+    """Which rows repeat one word (int64 indices, in no order) and that word (uint64).
 
-    A look at four words rules out nearly all pages; zero pages are known by digest. Only what is
-    left, a few pages in real images, is compared in full.
+    Zero pages are known by digest. A look at five words rules out nearly all others; what is left,
+    a few pages in real images, is compared in full.
     """
-    if len(rows) == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
-    words = rows.view("<u8")
+    digest = np.frombuffer(joined, np.uint64).reshape(-1, 2)
+    zero = (digest == np.frombuffer(fill_digest(0, page_size), np.uint64)).all(axis=1)
+    candidates = np.flatnonzero(~zero)
     # The first two words share a cache line; only pages that repeat there are looked at elsewhere.
-    candidates = np.flatnonzero(words[:, 0] == words[:, 1])
-    first = words[candidates, 0]
+    head = rows.view("V16")[candidates, 0].view("<u8").reshape(-1, 2)
+    like = head[:, 0] == head[:, 1]
+    candidates, first = candidates[like], head[like, 0]
+    words = rows.view("<u8")
     for column in (words.shape[1] // 3, words.shape[1] // 2, words.shape[1] - 1):
         like = words[candidates, column] == first
         candidates, first = candidates[like], first[like]
-    value = first.astype(np.uint64)
-    zero = np.frombuffer(fill_digest(0, page_size), "V16")[0]
-    same = (value == 0) & (np.frombuffer(joined, "V16")[candidates] == zero)
-    left = np.flatnonzero(value != 0)
-    for at in range(0, len(left), 256):  # 1 MiB at a time: the rows are copied
-        some = left[at : at + 256]
-        same[some] = (words[candidates[some]] == value[some, None]).all(axis=1)
-    return candidates[same], value[same]
+    same = np.zeros(len(candidates), bool)
+    for at in range(0, len(candidates), 256):  # 1 MiB at a time: the rows are copied
+        some = slice(at, at + 256)
+        same[some] = (words[candidates[some]] == first[some, None]).all(axis=1)
+    zeros = np.flatnonzero(zero)
+    word = np.concatenate((np.zeros(len(zeros), np.uint64), first[same].astype(np.uint64)))
+    return np.concatenate((zeros, candidates[same])), word

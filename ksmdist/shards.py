@@ -9,7 +9,7 @@ __all__ = ["Shard", "default_ranges", "default_shard_pages", "pack_shards", "pla
 
 _MIN_SHARD_PAGES = 1 << 14
 _MAX_SHARD_PAGES = 1 << 18
-_PAGES_PER_RANGE = 1 << 19
+_PAGES_PER_RANGE = 1 << 18
 _MAX_RANGES = 64
 
 
@@ -40,7 +40,7 @@ def default_shard_pages(total_pages: int) -> int:
 
 
 def default_ranges(total_pages: int) -> int:
-    """Digest ranges: one for each 2**19 pages, a power of two from 1 to 64."""
+    """Digest ranges: one for each 2**18 pages, a power of two from 1 to 64."""
     return min(_MAX_RANGES, _power_of_two(-(-total_pages // _PAGES_PER_RANGE)))
 
 

@@ -65,11 +65,10 @@ def write_table(table: pa.Table, definition: Table, run: Path, part: int | None 
     # Digests do not compress and do not repeat: a dictionary for them would only cost.
     plain = {"digest", "first_address"}
     dictionary = [column.name for column in definition.columns if column.name not in plain]
+    assert table.schema.equals(definition.schema, check_metadata=True), name
     try:
         with open(os.open(run / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as sink:
-            pq.write_table(
-                table.cast(definition.schema), sink, compression="zstd", compression_level=1, use_dictionary=dictionary
-            )
+            pq.write_table(table, sink, compression="zstd", compression_level=1, use_dictionary=dictionary)
     except OSError as error:
         raise RunDirectoryError(
             f"cannot be written: {os.strerror(error.errno) if error.errno else error}",

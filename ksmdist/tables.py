@@ -87,7 +87,10 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table: where it is kept, in which order its rows stand, and its columns."""
+    """A table: where it is kept, in which order its rows stand, and its columns.
+
+    schema: the Arrow schema, with the metadata keys ksmdist.table and ksmdist.version
+    """
 
     name: str
     version: int
@@ -95,13 +98,13 @@ class Table:
     file: str
     sort: tuple[str, ...]
     columns: tuple[Column, ...]
-    keys: tuple[Key, ...] = field(default=())
+    keys: tuple[Key, ...] = ()
+    schema: pa.Schema = field(init=False, repr=False, compare=False)
 
-    @property
-    def schema(self) -> pa.Schema:
-        """The Arrow schema, with the metadata keys ksmdist.table and ksmdist.version."""
+    def __post_init__(self) -> None:
         metadata = {"ksmdist.table": self.name, "ksmdist.version": str(self.version)}
-        return pa.schema([column.field for column in self.columns], metadata=metadata)
+        schema = pa.schema([column.field for column in self.columns], metadata=metadata)
+        object.__setattr__(self, "schema", schema)
 
 
 def _type_name(type_: pa.DataType) -> str:

@@ -6,18 +6,21 @@ merge() is a function of the set of rows: in any order, in any grouping, the res
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from ksmdist.classes import combine, digest_words, new_groups
+from ksmdist.classes import combine, digest_words
+from ksmdist.columns import arrow, joined, present, strings, values
+from ksmdist.groups import group_min, group_starts, group_sum
 from ksmdist.tables import KINDS, SPECTRUM, STABLE_TREE
 
 __all__ = ["RangeTree", "add_spectra", "merge", "split"]
 
 _ZERO, _SAME_FILLED, _OTHER = range(len(KINDS))
+_FEW = 1 << 16  # (copies, kind) up to here are counted, not sorted: nearly all
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,7 @@ def split(content: pa.Table, ranges: int) -> list[pa.Table]:
     """
     if ranges == 1:
         return [content]
-    digest = content.column("digest").combine_chunks()
-    high = np.frombuffer(digest.buffers()[1], ">u8", len(digest) * 2, digest.offset * 16)[::2].astype(np.uint64)
+    high, _ = digest_words(joined([content], "digest"))
     width = 64 - (ranges.bit_length() - 1)
     bounds = np.arange(1, ranges, dtype=np.uint64) << np.uint64(width)
     cuts = [0, *np.searchsorted(high, bounds, side="left").tolist(), len(content)]
@@ -58,110 +60,94 @@ def merge(tables: Sequence[pa.Table], image_ids: Sequence[str]) -> RangeTree:
     Only eligible pages enter the tree. image_ids: names by image number, ascending.
     """
     content = combine(tables)
-    may = content.column("eligible").combine_chunks()
-    if may.false_count:
-        content = content.filter(may).combine_chunks()
-    n = len(content)
-    if n == 0:
+    digest, image, node, may, pages, address = (joined([content], name) for name in content.column_names[:-1])
+    fill = content.column("fill_word").combine_chunks()
+    filled, word = present(fill), values(fill)
+    if not may.all():
+        digest, image, node, pages, address, filled, word = (
+            column[may] for column in (digest, image, node, pages, address, filled, word)
+        )
+    if len(pages) == 0:
         empty = np.zeros((0, 5), np.int64)
         return RangeTree(STABLE_TREE.schema.empty_table(), SPECTRUM.schema.empty_table(), empty, 0)
 
-    digest_array = content.column("digest").combine_chunks()
-    digest = np.frombuffer(digest_array.buffers()[1], np.uint8, n * 16, digest_array.offset * 16).reshape(n, 16)
     high, low = digest_words(digest)
-    image = content.column("image").to_numpy()
-    node = content.column("numa_node").to_numpy()
-    pages = content.column("pages").to_numpy()
-    address = content.column("first_address").to_numpy()
-    fill = content.column("fill_word").combine_chunks()
-
-    is_new = new_groups(high, low)
-    starts = np.flatnonzero(is_new)
-    row_content = np.cumsum(is_new) - 1  # which content each row belongs to
-    copies = np.add.reduceat(pages, starts)
-    pair_new = is_new | new_groups(image)
-    pair_starts = np.flatnonzero(pair_new)
-    images = np.add.reduceat(pair_new.astype(np.int32), starts, dtype=np.int32)
-    pair_address = np.minimum.reduceat(address, pair_starts)
-    first_address = pair_address[np.searchsorted(pair_starts, starts)]
-
-    filled = fill.is_valid().to_numpy(zero_copy_only=False)[starts]
-    word = fill.fill_null(0).to_numpy()[starts]
+    starts = group_starts(high, low)  # a group a content: the rows of the images and nodes that hold it
+    copies = group_sum(pages, starts)
+    word, filled = word[starts], filled[starts]
     kind = np.where(filled, np.where(word == 0, _ZERO, _SAME_FILLED), _OTHER).astype(np.int8)
 
-    one_node = not bool((node != node[0]).any())
-    if one_node:
-        nodes = np.ones(len(starts), np.int32)
-        by_node = [_spectrum(kind, copies, int(node[0]))]
-    else:
-        order = np.lexsort((node, row_content))
-        node_new = new_groups(row_content[order], node[order])
-        node_starts = np.flatnonzero(node_new)
-        nodes = np.add.reduceat(node_new.astype(np.int32), starts, dtype=np.int32)
-        there, where = np.add.reduceat(pages[order], node_starts), node[order][node_starts]
-        what = kind[row_content[order][node_starts]]
-        by_node = [_spectrum(what[where == number], there[where == number], number) for number in np.unique(where)]
+    pairs = group_starts(high, low, image)  # a group a content and image
+    content_of = np.searchsorted(starts, pairs, side="right") - 1
+    first_pair = np.searchsorted(pairs, starts)
+    images = np.diff(first_pair, append=len(pairs)).astype(np.int32)
 
-    shared = copies >= 2
-    names = pa.array(image_ids, pa.string())
+    if (node == node[0]).all():
+        nodes = np.ones(len(starts), np.int32)
+        whole = _spectrum(kind, copies)
+        spectra = [_spectrum_table(whole, None), _spectrum_table(whole, int(node[0]))]
+    else:
+        nodes, spectra = _by_node(np.searchsorted(starts, np.arange(len(node)), side="right") - 1, node, pages, kind)
+        spectra.append(_spectrum_table(_spectrum(kind, copies), None))
+
+    shared = np.flatnonzero(copies >= 2)
     stable = pa.Table.from_arrays(
         [
-            pa.FixedSizeBinaryArray.from_buffers(
-                pa.binary(16), int(shared.sum()), [None, pa.py_buffer(np.ascontiguousarray(digest[starts[shared]]))]
-            ),
-            pa.array(KINDS, pa.string()).take(pa.array(kind[shared])),
-            pa.array(word[shared], mask=~filled[shared]),
-            pa.array(copies[shared]),
-            pa.array(images[shared]),
-            pa.array(nodes[shared]),
-            names.take(pa.array(image[starts[shared]])),
-            pa.array(first_address[shared]),
+            arrow(digest[starts[shared]]),
+            strings(KINDS, kind[shared]),
+            arrow(word[shared], null=~filled[shared]),
+            arrow(copies[shared]),
+            arrow(images[shared]),
+            arrow(nodes[shared]),
+            strings(image_ids, image[starts[shared]]),
+            arrow(group_min(address, pairs)[first_pair[shared]]),
         ],
         schema=STABLE_TREE.schema,
     )
-    return RangeTree(
-        stable,
-        add_spectra([_spectrum(kind, copies, None), *by_node]),
-        _per_image(image, pages, pair_starts, row_content, copies, images, kind),
-        int(pages.sum()),
-    )
+    here = group_sum(pages, pairs)
+    here[kind[content_of] == _ZERO] = 0
+    facts = (copies[content_of] >= 2, copies[content_of] == 1, here >= 2, images[content_of] >= 2)
+    return RangeTree(stable, add_spectra(spectra), _per_image(image[pairs], here, facts), int(pages.sum()))
 
 
-def _per_image(
-    image: np.ndarray,
-    pages: np.ndarray,
-    pair_starts: np.ndarray,
-    row_content: np.ndarray,
-    copies: np.ndarray,
-    images: np.ndarray,
-    kind: np.ndarray,
-) -> np.ndarray:
-    """RangeTree.images: non-zero pages only."""
-    content = row_content[pair_starts]
-    here = np.add.reduceat(pages, pair_starts)
-    counted = kind[content] != _ZERO
-    content, here, who = content[counted], here[counted], image[pair_starts][counted]
-    duplicate = copies[content] >= 2
-    facts = np.stack([duplicate, ~duplicate, here >= 2, images[content] >= 2], axis=1) * here[:, None]
-    present, place = np.unique(who, return_inverse=True)
-    totals = np.zeros((len(present), 4), np.int64)
-    for column in range(4):
-        totals[:, column] = np.bincount(place, weights=facts[:, column], minlength=len(present))
-    return np.concatenate((present[:, None].astype(np.int64), totals), axis=1)
+def _per_image(image: np.ndarray, pages: np.ndarray, facts: Sequence[np.ndarray]) -> np.ndarray:
+    """RangeTree.images: the sum of `pages` by image, for the rows where each of these facts is true."""
+    totals = [np.bincount(image[fact], pages[fact], int(image.max()) + 1) for fact in facts]
+    table = np.stack(totals, axis=1).astype(np.int64)  # sums of doubles, exact below 2**53 pages
+    held = np.flatnonzero(table.any(axis=1))
+    return np.concatenate((held[:, None], table[held]), axis=1)
 
 
-def _spectrum(kind: np.ndarray, copies: np.ndarray, node: int | None) -> pa.Table:
-    # copies < 2**60, so (kind, copies) fits one sortable integer
-    packed, contents = np.unique((kind.astype(np.int64) << 60) | copies, return_counts=True)
-    return pa.Table.from_arrays(
-        [
-            pa.nulls(len(packed), pa.int16()) if node is None else pa.array(np.full(len(packed), node, np.int16)),
-            pa.array(KINDS, pa.string()).take(pa.array(packed >> 60)),
-            pa.array(packed & ((1 << 60) - 1)),
-            pa.array(contents.astype(np.int64)),
-        ],
-        schema=SPECTRUM.schema,
-    )
+def _by_node(
+    content_of: np.ndarray, node: np.ndarray, pages: np.ndarray, kind: np.ndarray
+) -> tuple[np.ndarray, list[pa.Table]]:
+    """For each content the number of its nodes, and a spectrum for each node. content_of: by row, ascending."""
+    order = np.lexsort((node, content_of))
+    content, where, count = content_of[order], node[order], pages[order]
+    starts = group_starts(content, where)
+    content, where, count = content[starts], where[starts], group_sum(count, starts)
+    nodes = np.bincount(content).astype(np.int32)
+    there = [(int(number), where == number) for number in np.unique(where)]
+    return nodes, [_spectrum_table(_spectrum(kind[content[at]], count[at]), number) for number, at in there]
+
+
+def _spectrum(kind: np.ndarray, copies: np.ndarray) -> dict[tuple[int, int], int]:
+    """(kind, copies) -> contents."""
+    packed = copies * len(KINDS) + kind
+    few = packed < _FEW
+    counts = np.bincount(packed[few])
+    found = {divmod(int(at), len(KINDS)): int(counts[at]) for at in np.flatnonzero(counts)}
+    for at, contents in zip(*np.unique(packed[~few], return_counts=True), strict=True):
+        found[divmod(int(at), len(KINDS))] = int(contents)
+    return {(which, number): contents for (number, which), contents in found.items()}
+
+
+def _spectrum_table(spectrum: Mapping[tuple[int, int], int], node: int | None) -> pa.Table:
+    rows = [
+        {"numa_node": node, "kind": KINDS[kind], "copies": copies, "contents": contents}
+        for (kind, copies), contents in spectrum.items()
+    ]
+    return pa.Table.from_pylist(rows, schema=SPECTRUM.schema)
 
 
 def add_spectra(spectra: Sequence[pa.Table]) -> pa.Table:

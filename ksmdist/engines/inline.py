@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import pyarrow as pa
 
@@ -12,7 +14,10 @@ __all__ = ["InlineEngine"]
 
 
 class InlineEngine:
-    """One task after the other, here."""
+    """Maps one task after the other; merges in a thread for each CPU.
+
+    Hashing a page holds Python's lock and sorting does not, so threads win only for the merge.
+    """
 
     name = "inline"
 
@@ -32,12 +37,18 @@ class InlineEngine:
             for into, table in zip(mapped, tables, strict=True):
                 into.append(table)
             on_mapped(number, summary)
-        results = []
-        for number in range(ranges):
-            results.append(reduce(number, mapped[number]))
-            mapped[number] = []
-            on_reduced(number)
-        return results
+        results: dict[int, Result] = {}
+        with ThreadPoolExecutor(min(ranges, len(os.sched_getaffinity(0)))) as pool:
+            merging = {pool.submit(reduce, number, tables): number for number, tables in enumerate(mapped)}
+            mapped.clear()
+            try:
+                for future in as_completed(merging):
+                    results[merging[future]] = future.result()
+                    on_reduced(merging[future])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [results[number] for number in range(ranges)]
 
     def close(self) -> None:
         """Nothing is held."""

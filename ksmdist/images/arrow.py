@@ -14,9 +14,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
+from ksmdist.columns import present
 from ksmdist.errors import ImageError, ImageReadError, SettingsError
+from ksmdist.images.ahead import ahead, populate
 from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo
-from ksmdist.images.extents import FileStat, open_file, populate, read_rows
+from ksmdist.images.extents import FileStat, open_file, read_rows
 from ksmdist.tables import MEMORY_IMAGE
 
 __all__ = ["ARROW", "write_image"]
@@ -49,6 +51,12 @@ class ArrowImage:
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Rows [start, end): slices of the file's own batches, validated."""
+        for item in ahead(self._batches(start, end)):
+            yield item
+            if isinstance(item, pa.RecordBatch):
+                self._forget(item)
+
+    def _batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         most = max(1, BATCH_BYTES // self.info.page_size)
         before = self._last_address(start)
         while start < end:
@@ -58,7 +66,6 @@ class ArrowImage:
             batch = self._batch(index).slice(start - base, count)
             before = self._check(batch, start, before)
             yield from self._readable(batch)
-            self._forget(batch)
             start += count
 
     def _batch(self, index: int) -> pa.RecordBatch:
@@ -103,7 +110,7 @@ class ArrowImage:
         content = batch.column("content")
         offsets = _offsets(content)
         length = np.diff(offsets)
-        valid = content.is_valid().to_numpy(zero_copy_only=False)
+        valid = present(content)
         wrong = np.flatnonzero(length != np.where(valid, size, 0))
         if len(wrong):
             at = int(wrong[0])
@@ -132,13 +139,13 @@ class ArrowImage:
 
     def _readable(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch | Hole]:
         span = self._span(batch)
-        if span is None or span[1] == 0 or populate(self._mapping, *span):
+        if span is None or span[1] == 0 or populate(self._file, *span):
             yield batch
             return
         # Part of the file cannot be read (or the kernel cannot tell): read page by page, never touch the map.
         size = self.info.page_size
         rows, readable = read_rows(self._fd, span[0], span[1] // size, size)
-        valid = batch.column("content").is_valid().to_numpy(zero_copy_only=False)
+        valid = present(batch.column("content"))
         keep = ~valid
         keep[np.flatnonzero(valid)[readable]] = True
         content = np.zeros(int(keep.sum()) + 1, np.int32)

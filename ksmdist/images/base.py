@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
+from ksmdist.columns import arrow
 from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
 
 __all__ = ["BATCH_BYTES", "Format", "Hole", "Image", "ImageInfo", "page_batch"]
@@ -96,10 +97,10 @@ def page_batch(pages: np.ndarray, content: pa.Array, page_size: int) -> pa.Recor
     nodes = np.zeros(n, np.int16)
     flags = np.full(n, PAGE_FLAGS["eligible"], np.uint32)
     columns = [
-        pa.array(pages.astype(np.uint64) * np.uint64(page_size)),
+        arrow(pages.astype(np.uint64) * np.uint64(page_size)),
         content,
-        pa.array(flags),
-        pa.array(nodes),
+        arrow(flags),
+        arrow(nodes),
         pa.nulls(n, pa.uint64()),
         pa.nulls(n, MEMORY_IMAGE.schema.field("region").type),
     ]
