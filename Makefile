@@ -1,9 +1,10 @@
 # Each target with a line of what it does; .ci/run calls the same ones.
 PYTHON ?= python3
 BIN := .venv/bin
+SCRATCH ?= /tmp/ksmdist-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint schemas lock clean
+.PHONY: help setup demo test lint bench schemas lock clean
 
 help:           ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -30,6 +31,11 @@ lint: setup     ## style, types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: setup    ## whole processes beside their peers, rates, memory (10 minutes, 4 GiB of scratch)
+	$(BIN)/python benchmarks/peers.py $(SCRATCH)
+	$(BIN)/python benchmarks/rates.py $(SCRATCH)
+	$(BIN)/python benchmarks/memory.py
 
 schemas: setup  ## render schemas/*.json from ksmdist/tables.py
 	$(BIN)/python schemas/render.py

@@ -180,12 +180,16 @@ def run(
         by_kind = np.zeros((len(infos), len(KINDS)), np.int64)
         holes = [(number, hole) for number, (_, _, known) in enumerate(opened) for hole in known]
 
-        def on_mapped(_: int, scanned: _Scanned) -> None:
-            for image, (in_class, in_kind) in scanned.images.items():
+        scanned = started
+
+        def on_mapped(_: int, found: _Scanned) -> None:
+            nonlocal scanned
+            for image, (in_class, in_kind) in found.images.items():
                 by_class[image] += in_class
                 by_kind[image] += in_kind
-            holes.extend(scanned.holes)
-            progress.scanned(scanned.pages)
+            holes.extend(found.holes)
+            progress.scanned(found.pages)
+            scanned = time.monotonic()
 
         def on_reduced(_: int) -> None:
             progress.merged(ranges)
@@ -237,7 +241,11 @@ def run(
                 "settings": settings.as_dict(),
                 "images": [{"image_id": i} | asdict(info) for i, info in zip(ids, infos, strict=True)],
                 "engine": {"name": choice.name, "why": choice.why, "tasks": len(tasks), "shards": len(planned)},
-                "timings": {"start_s": round(started - began, 3), "work_s": round(ended - started, 3)},
+                "timings": {
+                    "start_s": round(started - began, 3),
+                    "scan_s": round(scanned - started, 3),
+                    "merge_s": round(ended - scanned, 3),
+                },
                 "identities": [asdict(identity) | {"holds": identity.holds} for identity in identities],
                 "caveats": list(caveats),
                 "summary": summary,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,7 @@ __all__ = ["Shard", "default_ranges", "default_shard_pages", "pack_shards", "pla
 
 _MIN_SHARD_PAGES = 1 << 14
 _MAX_SHARD_PAGES = 1 << 18
-_PAGES_PER_RANGE = 1 << 18
-_MAX_RANGES = 64
+_MAX_RANGES = 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,11 @@ def default_shard_pages(total_pages: int) -> int:
 
 
 def default_ranges(total_pages: int) -> int:
-    """Digest ranges: one for each 2**18 pages, a power of two from 1 to 64."""
-    return min(_MAX_RANGES, _power_of_two(-(-total_pages // _PAGES_PER_RANGE)))
+    """Digest ranges: a power of two that grows with the root of the input, 8 at 2**22 pages, at most 1024.
+
+    Each task sends a table to each range, so that ranges cost as many times as there are tasks.
+    """
+    return min(_MAX_RANGES, _power_of_two(math.isqrt(max(0, total_pages - 1) >> 17) + 1))
 
 
 def plan_shards(pages: Sequence[int], shard_pages: int) -> list[Shard]:

@@ -13,7 +13,7 @@ import pytest
 import ksmdist
 from ksmdist import images
 from ksmdist.errors import ImageError, ImageReadError, SettingsError
-from ksmdist.images import Hole, arrow, extents
+from ksmdist.images import Hole, arrow
 from ksmdist.settings import Settings
 from ksmdist.store import read_table
 from ksmdist.tables import HOLES, STABLE_TREE
@@ -345,7 +345,7 @@ def test_contents_that_cannot_be_mapped_are_read_page_by_page(
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(arrow, "populate", lambda *_: False)
-    monkeypatch.setattr(extents.os, "preadv", preadv)
+    monkeypatch.setattr(os, "preadv", preadv)
     got = sorted(read(path), key=lambda row: row[0])
     assert [address for address, _ in got] == [n * PAGE for n in range(12)]
     assert dict(got) == {n * PAGE: None if n in failing else content for n, (_, content, _) in enumerate(rows)}

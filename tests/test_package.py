@@ -50,7 +50,7 @@ def test_shards_are_a_function_of_the_input() -> None:
     assert [len(group) for group in packed] == [4, 4, 2]
     assert [shard for group in packed for shard in group] == plan_shards([1] * 10, 4)
     assert [default_shard_pages(n) for n in (0, 1 << 19, 1 << 28)] == [1 << 14, 1 << 16, 1 << 18]
-    assert [default_ranges(n) for n in (0, 1 << 18, 1 << 19, 1 << 40)] == [1, 1, 2, 64]
+    assert [default_ranges(n) for n in (0, 1 << 17, 1 << 19, 1 << 22, 1 << 40)] == [1, 1, 2, 8, 1024]
 
 
 def test_the_digest_is_xxh3_128_as_published() -> None:

@@ -53,6 +53,16 @@ def start(choice: Choice) -> Engine:
     """Start the chosen engine; close() it after use. Raises EngineError."""
     if choice.name == "inline":
         return InlineEngine()
+    # Ray reads its mode when it is imported; up to 2.60 a driver does not take the token that
+    # `ray start` has made and asks for, unless told to. A cluster without tokens ignores it.
+    if choice.address and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ksmdist.engines.ray import RayEngine  # half a second of imports that inline need not pay
 
     return RayEngine(choice.address)
+
+
+def _has_token() -> bool:
+    """Whether Ray finds a token in one of its three places (docs.ray.io, ray-security/token-auth)."""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or os.path.isfile(os.path.expanduser("~/.ray/auth_token"))

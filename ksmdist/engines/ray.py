@@ -49,7 +49,8 @@ class RayEngine:
             raise EngineError(
                 f"Ray cannot be reached or started: {(str(error) or type(error).__name__).splitlines()[0]}",
                 address or "local",
-                "check the address and that its Ray has this version, or use --engine inline",
+                "check the address, that its Ray has this version, and that RAY_AUTH_MODE and the token are the "
+                "cluster's, or use --engine inline",
             ) from None
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         self._in_flight = max(2, int(resources.get("CPU", 1))) * _TASKS_A_CPU
