@@ -239,7 +239,7 @@ def run(
                 "run_version": store.RUN_VERSION,
                 "ksmdist": __version__,
                 "settings": settings.as_dict(),
-                "images": [{"image_id": i} | asdict(info) for i, info in zip(ids, infos, strict=True)],
+                "images": [asdict(info) | {"image_id": i} for i, info in zip(ids, infos, strict=True)],
                 "engine": {"name": choice.name, "why": choice.why, "tasks": len(tasks), "shards": len(planned)},
                 "timings": {
                     "start_s": round(started - began, 3),

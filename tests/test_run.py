@@ -35,7 +35,7 @@ def cluster() -> Iterator[str]:
     running = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     yield running.address
     ray.shutdown()
-    running.shutdown()
+    running.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _images(folder: Path, chosen: list[list[int]]) -> dict[str, list[bytes | None]]:

@@ -11,11 +11,11 @@ from ksmdist.errors import SettingsError
 
 __all__ = ["Choice", "Engine", "choose", "start"]
 
-RAY_START_S = 4.0
-"""Seconds that starting Ray costs: about 4 with its import, the workers' start and its stop (2 CPUs, Ray 2.60)."""
+RAY_START_S = 4.4
+"""Seconds that starting Ray, its workers and stopping it cost, with its import (benchmarks/rates.py, Ray 2.60)."""
 
 INLINE_S_PER_GIB = 0.22
-"""Seconds of scanning and merging a GiB of pages in the page cache, which Ray would spread over its workers."""
+"""Seconds that one CPU scans and merges a GiB of cached pages, and a Ray worker too (benchmarks/rates.py)."""
 
 
 @dataclass(frozen=True, slots=True)
