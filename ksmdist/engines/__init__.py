@@ -11,10 +11,10 @@ from ksmdist.errors import SettingsError
 
 __all__ = ["Choice", "Engine", "choose", "start"]
 
-RAY_START_S = 4.4
+RAY_START_S = 5.1
 """Seconds that starting Ray, its workers and stopping it cost, with its import (benchmarks/rates.py, Ray 2.60)."""
 
-INLINE_S_PER_GIB = 0.22
+INLINE_S_PER_GIB = 0.27
 """Seconds that one CPU scans and merges a GiB of cached pages, and a Ray worker too (benchmarks/rates.py)."""
 
 
