@@ -43,7 +43,7 @@ schemas: setup  ## render schemas/*.json from ksmdist/tables.py
 lock: setup     ## pin what pyproject.toml names, anew
 	$(BIN)/python -m pip install -q uv
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --no-annotate --upgrade --custom-compile-command "make lock" -q -o constraints.txt
+	  --no-annotate --upgrade --custom-compile-command "make lock" -q -o constraints.txt
 
 clean:          ## forget everything made here
 	rm -rf .venv ksmdist-demo dist

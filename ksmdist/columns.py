@@ -77,4 +77,6 @@ def strings(names: Sequence[str], index: np.ndarray) -> pa.Array:
 def joined(tables: Sequence[pa.Table], name: str) -> np.ndarray:
     """values() of a column of all these tables, end to end."""
     parts = [values(chunk) for table in tables for chunk in table.column(name).chunks]
+    if not parts:
+        return values(pa.nulls(0, tables[0].schema.field(name).type))
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
