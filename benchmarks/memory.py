@@ -6,7 +6,6 @@ its pages zero, as large as the one that a real shard of unique pages would send
 
 from __future__ import annotations
 
-import functools
 import resource
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def drive(millions: int) -> None:
     """One run in this process, which is the driver; prints its peak memory in MiB."""
     info = ImageInfo("made-up", "raw", "guest", 4096, millions << 20, 0, millions << 32, "")
     pipeline._opened = lambda paths, settings: [("made-up", info, ())]
-    pipeline._scan = functools.partial(scan)
+    pipeline._scan = scan
     with tempfile.TemporaryDirectory() as scratch:
         pipeline.run(["made-up"], Path(scratch) / "run", engine="ray")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -66,16 +66,16 @@ def classify(page: pa.RecordBatch, image: int, eligible: Eligible, page_size: in
     assert len(kinds) == len(KINDS)
 
     # A page that KSM mapped to the zero page was a zero page with a frame of its own before.
-    zeros = _zero_rows(zero | (may & by_ksm), may, node)
+    first, zeros = _zero_rows(zero | (may & by_ksm), may, node)
     other = np.flatnonzero(has_bytes & ~zero)
-    n = len(zeros)
+    n = len(first)
     rows = _Rows(
         digest=np.concatenate((np.tile(np.frombuffer(fill_digest(0, page_size), np.uint8), (n, 1)), digest[other])),
         image=np.full(n + len(other), image, np.int32),
-        node=np.concatenate((node[zeros.first], node[other])),
-        eligible=np.concatenate((may[zeros.first], may[other])),
-        pages=np.concatenate((zeros.pages, np.ones(len(other), np.int64))),
-        address=np.concatenate((address[zeros.first], address[other])),
+        node=np.concatenate((node[first], node[other])),
+        eligible=np.concatenate((may[first], may[other])),
+        pages=np.concatenate((zeros, np.ones(len(other), np.int64))),
+        address=np.concatenate((address[first], address[other])),
         filled=np.concatenate((np.ones(n, bool), filled[other])),
         word=np.concatenate((np.zeros(n, np.uint64), word[other])),
     )
@@ -139,18 +139,8 @@ class _Rows:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Zeros:
+def _zero_rows(zero: np.ndarray, may: np.ndarray, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Zero pages by (node, eligible): the first row of each, and how many pages."""
-
-    first: np.ndarray
-    pages: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-
-def _zero_rows(zero: np.ndarray, may: np.ndarray, node: np.ndarray) -> _Zeros:
     at = np.flatnonzero(zero)
     low = int(node.min(initial=0))
     key = (node[at].astype(np.intp) - low) * 2 + may[at]
@@ -158,4 +148,4 @@ def _zero_rows(zero: np.ndarray, may: np.ndarray, node: np.ndarray) -> _Zeros:
     first = np.zeros(len(pages), np.intp)
     first[key[::-1]] = at[::-1]  # the last that is written stays: the first row
     kept = np.flatnonzero(pages)
-    return _Zeros(first[kept], pages[kept])
+    return first[kept], pages[kept]

@@ -1,7 +1,6 @@
 """Arrow columns as numpy arrays and back, with no copy where the layout allows it.
 
-Written over buffers and not over pyarrow.compute, whose import costs 20 ms: a tenth of a whole run
-of 2 GiB (benchmarks/README.md).
+Written over buffers and not over pyarrow.compute, whose import costs 20 ms of every start.
 """
 
 from __future__ import annotations

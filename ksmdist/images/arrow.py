@@ -16,9 +16,8 @@ import pyarrow as pa
 
 from ksmdist.columns import present
 from ksmdist.errors import ImageError, ImageReadError, SettingsError
-from ksmdist.images.ahead import ahead, populate
 from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo
-from ksmdist.images.extents import FileStat, open_file, read_rows
+from ksmdist.images.extents import FileStat, open_file, populate, read_rows
 from ksmdist.tables import MEMORY_IMAGE
 
 __all__ = ["ARROW", "write_image"]
@@ -51,12 +50,6 @@ class ArrowImage:
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Rows [start, end): slices of the file's own batches, validated."""
-        for item in ahead(self._batches(start, end)):
-            yield item
-            if isinstance(item, pa.RecordBatch):
-                self._forget(item)
-
-    def _batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         most = max(1, BATCH_BYTES // self.info.page_size)
         before = self._last_address(start)
         while start < end:
@@ -66,6 +59,7 @@ class ArrowImage:
             batch = self._batch(index).slice(start - base, count)
             before = self._check(batch, start, before)
             yield from self._readable(batch)
+            self._forget(batch)
             start += count
 
     def _batch(self, index: int) -> pa.RecordBatch:
@@ -139,7 +133,7 @@ class ArrowImage:
 
     def _readable(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch | Hole]:
         span = self._span(batch)
-        if span is None or span[1] == 0 or populate(self._file, *span):
+        if span is None or span[1] == 0 or populate(self._mapping, *span):
             yield batch
             return
         # Part of the file cannot be read (or the kernel cannot tell): read page by page, never touch the map.
