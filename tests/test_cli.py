@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,28 @@ def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.raw"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_is_on_a_terminals_stderr_alone(make_raw: MakeImage, tmp_path: Path, quiet: bool) -> None:
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "ksmdist", "run", str(make_raw("a.raw", [ZERO, page(1)])), "-o", "out", "--json"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    environment.pop("RAY_ADDRESS", None)
+    with subprocess.Popen(
+        command + ["--quiet"] * quiet, stdout=subprocess.PIPE, stderr=terminal, cwd=tmp_path, env=environment
+    ) as process:
+        os.close(terminal)
+        shown = b""
+        with suppress(OSError):  # EIO: the program has closed its end
+            while piece := os.read(controller, 1 << 16):
+                shown += piece
+        out = process.communicate(timeout=60)[0]
+    os.close(controller)
+    assert process.returncode == 0
+    assert json.loads(out)["pages"]["total"] == 2
+    if quiet:
+        assert shown == b""
+    else:
+        for said in (b"engine: inline", b"scanning", b"2/2 pages", b"GiB/s", b"merging", b"1/1 ranges"):
+            assert said in shown, shown

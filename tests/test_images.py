@@ -359,3 +359,14 @@ def test_other_page_sizes(tmp_path: Path, page_size: int) -> None:
     assert run.summary["pages"]["zero"] == 2
     assert run.summary["pages"]["duplicate"] == 3
     assert run.summary["merges"]["saved_bytes"] == 3 * page_size
+
+
+def test_an_arrow_image_is_read_with_no_copy(tmp_path: Path) -> None:
+    path = arrow_image(tmp_path / "x.arrow", [(n * PAGE, page(n), 1) for n in range(8)])
+    image = images.open_image(str(path))
+    assert isinstance(image, arrow.ArrowImage)
+    mapped = range(image._file.address, image._file.address + image._file.size)
+    for batch in image.batches(0, 8):
+        assert isinstance(batch, pa.RecordBatch)
+        assert batch.column("content").buffers()[2].address in mapped
+        assert batch.column("address").buffers()[1].address in mapped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -56,3 +57,13 @@ def test_shards_are_a_function_of_the_input() -> None:
 def test_the_digest_is_xxh3_128_as_published() -> None:
     # XXH3 128 bit, seed 0, of 4096 zero bytes, as `xxhsum -H2` prints it
     assert fill_digest(0, 4096).hex() == "3ee8dc4f9e7ee49593d76fe148c689ba"
+
+
+def test_constraints_hold_names_versions_and_hashes_alone() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"https?:|file:|--(extra-)?index|--find-links| @ ", text)
+    wanted = re.findall(
+        r"^([A-Za-z0-9_.-]+)==\S+ ?(?:;[^\\\n]*)?\\\n((?:    --hash=sha256:[0-9a-f]{64}.*\n)+)", text, re.M
+    )
+    assert len(wanted) == len(re.findall(r"^[A-Za-z0-9]", text, re.M))
+    assert {"ray", "pyarrow", "numpy", "xxhash", "mmh3", "typer", "rich"} <= {name for name, _ in wanted}

@@ -11,11 +11,11 @@ from ksmdist.errors import SettingsError
 
 __all__ = ["Choice", "Engine", "choose", "start"]
 
-RAY_START_S = 5.1
+RAY_START_S = 4.4
 """Seconds that starting Ray, its workers and stopping it cost, with its import (benchmarks/rates.py, Ray 2.60)."""
 
-INLINE_S_PER_GIB = 0.27
-"""Seconds that one CPU scans and merges a GiB of cached pages, and a Ray worker too (benchmarks/rates.py)."""
+INLINE_S_PER_GIB = 0.25
+"""Seconds one CPU takes to scan and merge a GiB of cached pages, as a Ray worker nearly does (benchmarks/rates.py)."""
 
 
 @dataclass(frozen=True, slots=True)
