@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["arrow", "joined", "present", "strings", "values"]
+__all__ = ["arrow", "codes", "joined", "present", "strings", "values"]
 
 
 def values(array: pa.Array) -> np.ndarray:
@@ -24,6 +24,13 @@ def values(array: pa.Array) -> np.ndarray:
         return _bits(data, offset, n)
     dtype = np.dtype(kind.to_pandas_dtype())
     return np.frombuffer(data or b"", dtype, n, offset * dtype.itemsize)
+
+
+def codes(array: pa.Array) -> np.ndarray:
+    """int32[n]: the indices of a dictionary array with int32 indices, -1 where null."""
+    if array.null_count == len(array):
+        return np.full(len(array), -1, np.int32)
+    return np.where(present(array), values(array.indices), np.int32(-1))
 
 
 def present(array: pa.Array) -> np.ndarray:

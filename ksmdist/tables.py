@@ -21,6 +21,7 @@ __all__ = [
     "MEMORY_IMAGE",
     "PAGE",
     "PAGE_FLAGS",
+    "PASSED_OVER",
     "SHARD_CONTENT",
     "SPECTRUM",
     "STABLE_TREE",
@@ -40,8 +41,19 @@ PAGE_FLAGS: Mapping[str, int] = {
     "huge": 1 << 5,
     "swapped": 1 << 6,
     "locked": 1 << 7,
+    "exclusive": 1 << 8,
+    "unreadable": 1 << 9,
 }
 """Bits of `memory_image.flags`."""
+
+PASSED_OVER: tuple[str, ...] = (
+    "untouched",
+    "not_anonymous",
+    "shared_mapping",
+    "hugetlb",
+    "special",
+)
+"""Why a page of an image's address space has no row, where its producer says so (ksmdist.passed_over)."""
 
 CLASSES: tuple[str, ...] = (
     "ineligible",
@@ -180,7 +192,8 @@ MEMORY_IMAGE = Table(
             "guest's RAM); zero_mapped = mapped to the shared zero page; pte_dirty = its page table entry is dirty "
             "(with zero_mapped: KSM placed it, Linux 6.6 and up); ksm = already a KSM page; file = page cache page of "
             "a file mapping; huge = part of a transparent huge page; swapped = swapped out; locked = in a locked "
-            "(VM_LOCKED) mapping",
+            "(VM_LOCKED) mapping; exclusive = no other page table entry maps its frame (pagemap bit 56); unreadable = "
+            "it was there, and reading it failed (content is null; the run counts it as a hole)",
             unit="bits",
             bits=PAGE_FLAGS,
         ),
@@ -216,6 +229,24 @@ MEMORY_IMAGE = Table(
             "{}",
         ),
         Key("ksmdist.pages_absent", "pages of the address space that have no row, decimal", "0"),
+        Key(
+            "ksmdist.scan_order",
+            "place among the images in the order in which KSM scans them, decimal: a process's start in clock ticks "
+            "since boot, as KSM takes processes in the order in which they were marked. Alike: by image_id",
+            "0",
+        ),
+        Key(
+            "ksmdist.passed_over",
+            'pages that have no row, by mapping: a JSON array of objects {"region", "reason", "pages"}; reason is '
+            "untouched (private mapping, never written or read), not_anonymous (a file's page), shared_mapping, "
+            "hugetlb or special (VM_IO, VM_PFNMAP, VM_MIXEDMAP, VM_DONTEXPAND, VM_DROPPABLE: KSM refuses them)",
+            "[]",
+        ),
+        Key(
+            "ksmdist.ksm_stat",
+            "a process's /proc/PID/ksm_stat when the image was taken, a JSON object of names and numbers or texts",
+            "{}",
+        ),
     ),
 )
 

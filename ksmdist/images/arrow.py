@@ -10,15 +10,16 @@ import json
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
-from ksmdist.columns import present
+from ksmdist.columns import codes, present, values
 from ksmdist.errors import ImageError, ImageReadError, SettingsError
 from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo
 from ksmdist.images.extents import FileStat, open_file, populate, read_rows
-from ksmdist.tables import MEMORY_IMAGE
+from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS, PASSED_OVER
 
 __all__ = ["ARROW", "write_image"]
 
@@ -42,6 +43,9 @@ class ArrowImage:
             raise ImageError(f"truncated or damaged Arrow file: {str(error).splitlines()[0]}", path, _HINT) from None
         self._starts = np.concatenate(([0], np.cumsum(rows, dtype=np.int64)))
         self.info = _info(schema, path, page_size, int(self._starts[-1]), stat)
+        if rows:  # a file's last dictionary holds the names of all its batches
+            names = self._batch(0).column("region").dictionary.to_pylist()
+            self.info = replace(self.info, regions=tuple(name or "" for name in names))
 
     def close(self) -> None:
         """Let the file go."""
@@ -58,9 +62,21 @@ class ArrowImage:
             count = min(end - start, int(self._starts[index + 1]) - start, most)
             batch = self._batch(index).slice(start - base, count)
             before = self._check(batch, start, before)
-            yield from self._readable(batch)
+            for item in self._readable(batch):
+                yield from (item,) if isinstance(item, Hole) else self._captured(item)
             self._forget(batch)
             start += count
+
+    def _captured(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch | Hole]:
+        """The batch without the rows that its producer could not read, and those as holes."""
+        lost = (values(batch.column("flags")) & np.uint32(PAGE_FLAGS["unreadable"])) != 0
+        if not lost.any():
+            yield batch
+            return
+        if not lost.all():
+            yield batch.filter(pa.array(~lost))
+        for address in batch.column("address").to_numpy()[lost].tolist():
+            yield Hole(address, 1, "unreadable")
 
     def _batch(self, index: int) -> pa.RecordBatch:
         if os.fstat(self._fd).st_size < self.info.nbytes:  # touching what is gone would be SIGBUS
@@ -86,6 +102,9 @@ class ArrowImage:
         for name in ("address", "flags", "numa_node"):
             if batch.column(name).null_count:
                 raise ImageError(f"has nulls in column {name}, near row {row}", self._path, _HINT)
+        region = codes(batch.column("region"))
+        if len(region) and not -1 <= int(region.min()) <= int(region.max()) < len(self.info.regions):
+            raise ImageError(f"column region near row {row} names no region", self._path, _HINT)
         address = batch.column("address").to_numpy()
         wrong = np.flatnonzero(address % np.uint64(size))
         if len(wrong):
@@ -173,10 +192,10 @@ def _info(schema: pa.Schema, path: str, page_size: int, rows: int, stat: FileSta
     found = {key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in raw.items()}
     if found.get("ksmdist.table") != MEMORY_IMAGE.name:
         raise ImageError("is an Arrow file but no memory_image (metadata ksmdist.table)", path, _HINT)
-    values = {key.name: found.get(key.name, key.default) for key in MEMORY_IMAGE.keys}
-    if values["ksmdist.version"] != str(MEMORY_IMAGE.version):
+    known = {key.name: found.get(key.name, key.default) for key in MEMORY_IMAGE.keys}
+    if known["ksmdist.version"] != str(MEMORY_IMAGE.version):
         raise ImageError(
-            f"is memory_image version {values['ksmdist.version']}, this ksmdist reads {MEMORY_IMAGE.version}",
+            f"is memory_image version {known['ksmdist.version']}, this ksmdist reads {MEMORY_IMAGE.version}",
             path,
             "use the ksmdist that wrote it, or write it again",
         )
@@ -190,8 +209,8 @@ def _info(schema: pa.Schema, path: str, page_size: int, rows: int, stat: FileSta
             _HINT,
         )
     numbers = {}
-    for key in ("page_size", "pages_absent"):
-        text = values[f"ksmdist.{key}"] or ""
+    for key in ("page_size", "pages_absent", "scan_order"):
+        text = known[f"ksmdist.{key}"] or ""
         if not (text.isascii() and text.isdecimal() and len(text) < 19):
             raise ImageError(f"metadata ksmdist.{key} is {text!r}, not a number", path, _HINT)
         numbers[key] = int(text)
@@ -201,15 +220,16 @@ def _info(schema: pa.Schema, path: str, page_size: int, rows: int, stat: FileSta
             path,
             f"run it with --page-size {numbers['page_size']}",
         )
-    kind = values["ksmdist.kind"] or ""
+    kind = known["ksmdist.kind"] or ""
     if kind not in ("guest", "process", "container", "kernel"):
         raise ImageError(f"metadata ksmdist.kind is {kind!r}", path, _HINT)
     caveats: tuple[str, ...] = ()
     try:
-        source = json.loads(values["ksmdist.source"] or "{}")
+        source = json.loads(known["ksmdist.source"] or "{}")
         if source.get("filter_level"):
             caveats = (f"filtered by its producer: {source['filter_level']}",)
-    except (ValueError, AttributeError):
+        caveats += tuple(str(caveat) for caveat in source.get("caveats", ()))
+    except (ValueError, AttributeError, TypeError):
         raise ImageError("metadata ksmdist.source is no JSON object", path, _HINT) from None
     return ImageInfo(
         path=path,
@@ -220,11 +240,31 @@ def _info(schema: pa.Schema, path: str, page_size: int, rows: int, stat: FileSta
         pages_absent=numbers["pages_absent"],
         nbytes=stat.nbytes,
         fingerprint=stat.fingerprint,
-        image_id=values["ksmdist.image_id"] or "",
-        host=values["ksmdist.host"] or "",
-        tenant=values["ksmdist.tenant"] or "",
+        image_id=known["ksmdist.image_id"] or "",
+        host=known["ksmdist.host"] or "",
+        tenant=known["ksmdist.tenant"] or "",
         caveats=caveats,
+        scan_order=numbers["scan_order"],
+        passed_over=_passed_over(known["ksmdist.passed_over"] or "[]", path),
+        ksm_stat=_ksm_stat(known["ksmdist.ksm_stat"] or "{}", path),
     )
+
+
+def _passed_over(text: str, path: str) -> tuple[tuple[str, str, int], ...]:
+    try:
+        rows = tuple((str(row["region"]), str(row["reason"]), int(row["pages"])) for row in json.loads(text))
+        if all(reason in PASSED_OVER and 0 <= pages < 1 << 52 for _, reason, pages in rows):
+            return rows
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ImageError("metadata ksmdist.passed_over is not what it should be", path, _HINT)
+
+
+def _ksm_stat(text: str, path: str) -> tuple[tuple[str, str], ...]:
+    try:
+        return tuple((str(name), str(value)) for name, value in json.loads(text).items())
+    except (ValueError, AttributeError):
+        raise ImageError("metadata ksmdist.ksm_stat is no JSON object", path, _HINT) from None
 
 
 def _open(path: str, page_size: int) -> ArrowImage:
@@ -240,16 +280,24 @@ ARROW = Format("arrow", lambda head: head.startswith(b"ARROW1"), _open)
 """Arrow IPC files of the table memory_image."""
 
 
-def write_image(sources: Sequence[Image], path: str, image_id: str) -> list[tuple[str, Hole]]:
+def write_image(
+    sources: Sequence[Image], path: str, image_id: str, captured_at: str = "", producer: str = ""
+) -> list[tuple[str, Hole]]:
     """Write images, as one, to an Arrow file at `path`; returns (source path, hole) for what was unreadable.
 
     The sources' addresses must not interleave: they are laid one after the other by first address.
-    Unreadable pages get no row. Raises ImageError where two sources hold the same address.
+    Unreadable pages get no row. Raises ImageError where two sources hold the same address, or where
+    several name regions.
     """
     ordered = sorted(sources, key=_first_address)
     first = ordered[0].info
+    if len(ordered) > 1 and any(source.info.regions for source in ordered):
+        raise ImageError("names regions, so it cannot be joined with other sources", first.path, "import it by itself")
     absent = sum(source.info.pages_absent for source in sources)
-    origin = {"format": first.format, "producer": "", "filter_level": "; ".join(first.caveats)}
+    origin = {"format": first.format, "producer": producer, "filter_level": "", "caveats": list(first.caveats)}
+    passed_over = [
+        dict(zip(("region", "reason", "pages"), row, strict=True)) for s in ordered for row in s.info.passed_over
+    ]
     metadata = {
         "ksmdist.table": MEMORY_IMAGE.name,
         "ksmdist.version": str(MEMORY_IMAGE.version),
@@ -260,6 +308,10 @@ def write_image(sources: Sequence[Image], path: str, image_id: str) -> list[tupl
         "ksmdist.tenant": first.tenant,
         "ksmdist.source": json.dumps(origin, sort_keys=True),
         "ksmdist.pages_absent": str(absent),
+        "ksmdist.captured_at": captured_at,
+        "ksmdist.scan_order": str(first.scan_order),
+        "ksmdist.passed_over": json.dumps(passed_over),
+        "ksmdist.ksm_stat": json.dumps(dict(first.ksm_stat)),
     }
     holes: list[tuple[str, Hole]] = [(source.info.path, hole) for source in ordered for hole in source.holes]
     schema = MEMORY_IMAGE.schema.with_metadata(metadata)

@@ -41,6 +41,10 @@ class ImageInfo:
     fingerprint:   changes when the file does (size, time, inode): not a hash of its pages
     image_id:      empty where the format has no name in it
     caveats:       what its counts do not show, for people
+    scan_order:    place in the order in which KSM scans the images; alike: by image id
+    regions:       names that `memory_image.region` of every batch is an index of
+    passed_over:   pages that have no row, as (region, reason of tables.PASSED_OVER, pages)
+    ksm_stat:      /proc/PID/ksm_stat when it was taken, as (name, value)
     """
 
     path: str
@@ -55,6 +59,10 @@ class ImageInfo:
     host: str = ""
     tenant: str = ""
     caveats: tuple[str, ...] = ()
+    scan_order: int = 0
+    regions: tuple[str, ...] = ()
+    passed_over: tuple[tuple[str, str, int], ...] = ()
+    ksm_stat: tuple[tuple[str, str], ...] = ()
 
 
 class Image(Protocol):
