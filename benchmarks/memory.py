@@ -28,10 +28,10 @@ MILLIONS = (1, 4, 16)
 
 
 def scan(
-    infos: Sequence[ImageInfo], settings: Settings, ranges: int, group: tuple[Shard, ...]
-) -> tuple[pipeline._Scanned, list[pa.Table]]:
+    infos: Sequence[ImageInfo], region_names: Sequence[str], settings: Settings, ranges: int, group: tuple[Shard, ...]
+) -> tuple[pipeline._Mapped, list[pa.Table]]:
     """In the place of pipeline._scan."""
-    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    found: dict[int, pipeline._Scanned] = {}
     tables = []
     for shard in group:
         n = shard.pages
@@ -46,18 +46,20 @@ def scan(
             arrow(np.full(len(digest), shard.image, np.int32)),
             arrow(np.zeros(len(digest), np.int16)),
             arrow(np.ones(len(digest), bool)),
+            arrow(np.zeros(len(digest), bool)),
             arrow(pages),
             arrow(np.arange(len(digest), dtype=np.uint64)),
+            arrow(np.full(len(digest), -1, np.int32)),
+            pa.nulls(len(digest), pa.uint64()),
             arrow(np.zeros(len(digest), np.uint64), null=np.arange(len(digest)) > 0),
         ]
         tables.append(pa.Table.from_arrays(columns, schema=SHARD_CONTENT.schema))
-        in_class, in_kind = np.zeros(len(CLASSES), np.int64), np.zeros(len(KINDS), np.int64)
-        in_class[CLASSES.index("zero")], in_kind[KINDS.index("zero")] = zero, zero
-        in_kind[KINDS.index("other")] = n - zero
-        before = found.get(shard.image, (0, 0))
-        found[shard.image] = (before[0] + in_class, before[1] + in_kind)
-    scanned = pipeline._Scanned(found, [], sum(shard.pages for shard in group))
-    return scanned, tree.split(classes.combine(tables), ranges)
+        scanned = found.setdefault(shard.image, pipeline._Scanned.nothing(infos[shard.image], settings))
+        scanned.classes[CLASSES.index("zero")] += zero
+        scanned.kinds[KINDS.index("zero")] += zero
+        scanned.kinds[KINDS.index("other")] += n - zero
+    mapped = pipeline._Mapped(found, [], sum(shard.pages for shard in group))
+    return mapped, tree.split(classes.combine(tables), ranges)
 
 
 def drive(millions: int) -> None:

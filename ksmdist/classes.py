@@ -7,21 +7,22 @@ ksm_next_page_pmd_entry (6.18): present, anonymous, in a VM_MERGEABLE mapping.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from ksmdist.columns import arrow, joined, present, values
 from ksmdist.digests import fill_digest
-from ksmdist.groups import group_min, group_starts, group_sum, order_by
-from ksmdist.settings import Eligible
-from ksmdist.tables import CLASSES, KINDS, PAGE_FLAGS, SHARD_CONTENT
+from ksmdist.groups import group_any, group_min, group_starts, group_sum, order_by
+from ksmdist.settings import Settings
+from ksmdist.tables import CLASSES, KINDS, PAGE_FLAGS, REASONS, SHARD_CONTENT
 
 __all__ = ["Classified", "classify", "combine", "digest_words"]
 
 _CLASS = {name: code for code, name in enumerate(CLASSES)}
 _DECIDED_LATER = len(CLASSES)
+_FILE, _SWAPPED, _NOT_MARKED, _FAULT, _BY_KSM, _VOLATILE, _HUGE_ZERO, _CANDIDATE = range(len(REASONS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,30 +31,38 @@ class Classified:
 
     classes: int64[len(CLASSES)], pages; `duplicate` and `unique` are still 0
     kinds:   int64[len(KINDS)], pages
+    regions: int64[n + 1, len(REASONS)], pages by the image's own n regions, those of none last
+    colors:  int64[zero_page_colors, 2], zero pages and those of read faults by colour
+    framed:  eligible pages with bytes of their own of which it is known whether others share their frame
     content: `shard_content` rows, a row a page but for zero pages; combine() makes the table of them
     """
 
     classes: np.ndarray
     kinds: np.ndarray
+    regions: np.ndarray
+    colors: np.ndarray
+    framed: int
     content: pa.Table
 
 
-def classify(page: pa.RecordBatch, image: int, eligible: Eligible, page_size: int) -> Classified:
-    """A `page` batch of one image -> its pages by class and kind, and what they hold.
+def classify(page: pa.RecordBatch, image: int, settings: Settings, regions: np.ndarray) -> Classified:
+    """A `page` batch of one image -> its pages by class, kind and region, and what they hold.
 
-    eligible `all`: every page that KSM could take were its mapping marked; never file pages or
-    pages with neither bytes nor the zero page.
+    regions: int32, the run's number of each region that the image names, which `content` has.
+    Of the settings, page_size, eligible and zero_page_colors count. eligible `all`: every page that
+    KSM could take were its mapping marked; never file pages or pages with neither bytes nor the zero page.
     """
-    address, flags, node, digest, word = (values(column) for column in page.columns)
+    address, flags, node, frame, region, digest, word = (values(column) for column in page.columns)
     has_bytes = present(page.column("digest"))
     filled = present(page.column("fill_word"))
 
-    def flag(name: str) -> np.ndarray:
-        return np.asarray((flags & np.uint32(PAGE_FLAGS[name])) != 0)
+    def flag(*names: str) -> np.ndarray:
+        return np.asarray((flags & np.uint32(sum(PAGE_FLAGS[name] for name in names))) != 0)
 
     zero_mapped = flag("zero_mapped") & ~has_bytes
-    could = (has_bytes | zero_mapped) & ~flag("file")
-    may = could if eligible == "all" else could & flag("eligible")
+    file = flag("file")
+    could = (has_bytes | zero_mapped) & ~file
+    may = could if settings.eligible == "all" else could & flag("eligible")
     by_ksm = zero_mapped & flag("pte_dirty")
     zero = filled & (word == 0)
     code = np.select(
@@ -64,40 +73,85 @@ def classify(page: pa.RecordBatch, image: int, eligible: Eligible, page_size: in
     classes = np.bincount(code, minlength=_DECIDED_LATER + 1)[:_DECIDED_LATER].astype(np.int64)
     kinds = np.array([zero.sum(), (filled & ~zero).sum(), (has_bytes & ~filled).sum()], np.int64)
     assert len(kinds) == len(KINDS)
+    huge = zero & flag("huge") & ~flag("locked")
+    reason = np.select(
+        [file, ~could, ~may, zero_mapped & ~by_ksm, by_ksm, huge],
+        [_FILE, _SWAPPED, _NOT_MARKED, _FAULT, _BY_KSM, _HUGE_ZERO],
+        _CANDIDATE,
+    )
+    row = np.where(region < 0, len(regions), region)
+    by_region = np.bincount(row * len(REASONS) + reason, minlength=(len(regions) + 1) * len(REASONS))
+    numbers = np.append(regions, np.int32(-1))[row]
 
     # A page that KSM mapped to the zero page was a zero page with a frame of its own before.
-    first, zeros = _zero_rows(zero | (may & by_ksm), may, node)
+    zeros = zero | (may & by_ksm)
+    framed = present(page.column("frame")) & has_bytes
+    first, last, count = _zero_rows(zeros, may, node, huge, framed)
     other = np.flatnonzero(has_bytes & ~zero)
     n = len(first)
+    at = np.concatenate((first, other))
     rows = _Rows(
-        digest=np.concatenate((np.tile(np.frombuffer(fill_digest(0, page_size), np.uint8), (n, 1)), digest[other])),
+        digest=np.concatenate(
+            (np.tile(np.frombuffer(fill_digest(0, settings.page_size), np.uint8), (n, 1)), digest[other])
+        ),
         image=np.full(n + len(other), image, np.int32),
-        node=np.concatenate((node[first], node[other])),
-        eligible=np.concatenate((may[first], may[other])),
-        pages=np.concatenate((zeros, np.ones(len(other), np.int64))),
-        address=np.concatenate((address[first], address[other])),
-        filled=np.concatenate((np.ones(n, bool), filled[other])),
+        node=node[at],
+        eligible=may[at],
+        huge=np.concatenate((huge[first], np.zeros(len(other), bool))),
+        pages=np.concatenate((count, np.ones(len(other), np.int64))),
+        address=address[at],
+        region=numbers[np.concatenate((last, other))],
+        frame=frame[at],
+        framed=framed[at],
         word=np.concatenate((np.zeros(n, np.uint64), word[other])),
+        filled=np.concatenate((np.ones(n, bool), filled[other])),
     )
-    return Classified(classes, kinds, rows.table())
+    colors = _colors(address, zeros & may, zero_mapped & ~by_ksm & may, settings)
+    known = int((may & has_bytes & (framed | flag("exclusive"))).sum())
+    return Classified(classes, kinds, by_region.reshape(-1, len(REASONS)), colors, known, rows.table())
+
+
+def _colors(address: np.ndarray, zero: np.ndarray, fault: np.ndarray, settings: Settings) -> np.ndarray:
+    if settings.zero_page_colors == 1:
+        return np.array([[zero.sum(), fault.sum()]], np.int64)
+    color = (address // np.uint64(settings.page_size)).astype(np.int64) % settings.zero_page_colors
+    counts = [np.bincount(color[which], minlength=settings.zero_page_colors) for which in (zero, fault)]
+    return np.stack(counts, axis=1).astype(np.int64)
 
 
 def combine(contents: Sequence[pa.Table]) -> pa.Table:
-    """`shard_content` rows -> the table: a row for each (digest, image, numa_node, eligible), sorted.
+    """`shard_content` rows -> the table: a row for each (digest, image, node, eligible, huge), sorted.
 
-    Associative and commutative.
+    Rows of a content of which any row has a frame stay apart, in order of address: what KSM makes
+    of them depends on it. In tree.merge(), any grouping of rows by shards gives the same.
     """
     if not any(map(len, contents)):
         return SHARD_CONTENT.schema.empty_table()
-    digest, image, node, may, pages, address, word = (joined(contents, name) for name in SHARD_CONTENT.schema.names)
-    filled = np.concatenate([present(chunk) for table in contents for chunk in table.column("fill_word").chunks])
-    rows = _Rows(digest, image, node, may, pages, address, filled, word)
+    digest, image, node, may, huge, pages, address, region, frame, word = (
+        joined(contents, name) for name in SHARD_CONTENT.schema.names
+    )
+    framed, filled = (_present(contents, name) for name in ("frame", "fill_word"))
+    rows = _Rows(digest, image, node, may, huge, pages, address, region, frame, framed, word, filled)
     high, low = digest_words(rows.digest)
-    order = order_by(high, low, rows.image, rows.node, rows.eligible)
-    rows = rows.take(order)
-    starts = group_starts(high[order], low[order], rows.image, rows.node, rows.eligible)
-    combined = rows if len(starts) == len(order) else rows.take(starts)
-    return replace(combined, pages=group_sum(rows.pages, starts), address=group_min(rows.address, starts)).table()
+    order = order_by(high, low, rows.image, rows.node, rows.eligible, rows.huge, rows.address)
+    high, low, rows = high[order], low[order], rows.take(order)
+    starts = group_starts(high, low, rows.image, rows.node, rows.eligible, rows.huge)
+    if rows.framed.any():
+        of_content = group_starts(high, low)
+        apart = np.repeat(group_any(rows.framed, of_content), np.diff(of_content, append=len(order)))
+        apart[starts] = True
+        starts = np.flatnonzero(apart)
+    if len(starts) == len(order):
+        return rows.table()
+    combined = rows.take(starts)
+    last = np.append(starts[1:], len(order)) - 1
+    return combined.table(
+        pages=group_sum(rows.pages, starts), address=group_min(rows.address, starts), region=rows.region[last]
+    )
+
+
+def _present(contents: Sequence[pa.Table], name: str) -> np.ndarray:
+    return np.concatenate([present(chunk) for table in contents for chunk in table.column(name).chunks])
 
 
 def digest_words(digest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,16 +162,20 @@ def digest_words(digest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """The columns of `shard_content`; `filled` says where `word` is not null."""
+    """The columns of `shard_content`; `framed` and `filled` say where `frame` and `word` are not null."""
 
     digest: np.ndarray
     image: np.ndarray
     node: np.ndarray
     eligible: np.ndarray
+    huge: np.ndarray
     pages: np.ndarray
     address: np.ndarray
-    filled: np.ndarray
+    region: np.ndarray
+    frame: np.ndarray
+    framed: np.ndarray
     word: np.ndarray
+    filled: np.ndarray
 
     def take(self, at: np.ndarray) -> _Rows:
         digest = self.digest.view("V16")[:, 0][at].view(np.uint8).reshape(-1, 16)
@@ -126,26 +184,46 @@ class _Rows:
             self.image[at],
             self.node[at],
             self.eligible[at],
+            self.huge[at],
             self.pages[at],
             self.address[at],
-            self.filled[at],
+            self.region[at],
+            self.frame[at],
+            self.framed[at],
             self.word[at],
+            self.filled[at],
         )
 
-    def table(self) -> pa.Table:
-        columns = [self.digest, self.image, self.node, self.eligible, self.pages, self.address]
-        return pa.Table.from_arrays(
-            [*map(arrow, columns), arrow(self.word, null=~self.filled)], schema=SHARD_CONTENT.schema
-        )
+    def table(
+        self, pages: np.ndarray | None = None, address: np.ndarray | None = None, region: np.ndarray | None = None
+    ) -> pa.Table:
+        """The rows as `shard_content`, with these columns instead of its own where given."""
+        columns = [
+            self.digest,
+            self.image,
+            self.node,
+            self.eligible,
+            self.huge,
+            self.pages if pages is None else pages,
+            self.address if address is None else address,
+            self.region if region is None else region,
+        ]
+        nullable = [arrow(self.frame, null=~self.framed), arrow(self.word, null=~self.filled)]
+        return pa.Table.from_arrays([*map(arrow, columns), *nullable], schema=SHARD_CONTENT.schema)
 
 
-def _zero_rows(zero: np.ndarray, may: np.ndarray, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Zero pages by (node, eligible): the first row of each, and how many pages."""
+def _zero_rows(
+    zero: np.ndarray, may: np.ndarray, node: np.ndarray, huge: np.ndarray, framed: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Zero pages by (node, eligible, huge): first and last row of each, and pages; one by one if any has a frame."""
     at = np.flatnonzero(zero)
+    if framed[at].any():
+        return at, at, np.ones(len(at), np.int64)
     low = int(node.min(initial=0))
-    key = (node[at].astype(np.intp) - low) * 2 + may[at]
+    key = (node[at].astype(np.intp) - low) * 4 + may[at] * 2 + huge[at]
     pages = np.bincount(key)
-    first = np.zeros(len(pages), np.intp)
+    first, last = np.zeros(len(pages), np.intp), np.zeros(len(pages), np.intp)
     first[key[::-1]] = at[::-1]  # the last that is written stays: the first row
+    last[key] = at
     kept = np.flatnonzero(pages)
-    return first[kept], pages[kept]
+    return first[kept], last[kept], pages[kept]

@@ -7,15 +7,19 @@ import os
 import shutil
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ksmdist import images, pipeline, report, tables
+from ksmdist import counters, images, pipeline, report, runs, schema, store, tables
 from ksmdist.errors import EXIT_HOLES, EXIT_INTERRUPTED, KsmdistError, RunDirectoryError, SettingsError
-from ksmdist.settings import Settings
+from ksmdist.explain import explain
+from ksmdist.settings import KERNELS, Settings
+from ksmdist.unmerge import unmerge
 from ksmdist.version import __version__
+from ksmdist.whatif import best, grid, present
 
 __all__ = ["app", "main"]
 
@@ -39,6 +43,37 @@ _Engine = Annotated[str, typer.Option("--engine", help="auto, inline or ray.")]
 _Address = Annotated[
     str | None, typer.Option("--address", help="A running Ray cluster. [default: RAY_ADDRESS, if set]")
 ]
+_RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+_UseZeroPages = Annotated[
+    bool | None,
+    typer.Option("--use-zero-pages/--no-use-zero-pages", help="As /sys/kernel/mm/ksm/use_zero_pages."),
+]
+_MaxPageSharing = Annotated[
+    str | None,
+    typer.Option("--max-page-sharing", metavar="N", help="As /sys/kernel/mm/ksm/max_page_sharing; or unlimited."),
+]
+_MergeAcrossNodes = Annotated[
+    bool | None,
+    typer.Option("--merge-across-nodes/--no-merge-across-nodes", help="As /sys/kernel/mm/ksm/merge_across_nodes."),
+]
+_Kernel = Annotated[
+    str | None, typer.Option("--kernel", help=f"Whose rules and counters: {', '.join(KERNELS)}. [default: 6.18]")
+]
+_FullScans = Annotated[
+    int | None,
+    typer.Option("--full-scans", metavar="N", help="Counters after N scans. [default: once nothing changes]"),
+]
+_SmartScan = Annotated[
+    bool | None,
+    typer.Option("--smart-scan/--no-smart-scan", help="With --full-scans: skip pages as smart_scan does."),
+]
+_PagesToScan = Annotated[
+    int | None, typer.Option("--pages-to-scan", help="As the kernel's, for the estimate of time. [default: 100]")
+]
+_SleepMillisecs = Annotated[
+    int | None, typer.Option("--sleep-millisecs", help="As the kernel's, for the estimate of time. [default: 20]")
+]
+_Image = Annotated[str | None, typer.Option("--image", metavar="ID", help="This image alone.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
@@ -56,16 +91,17 @@ def run_command(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The run directory to write.")],
     format: _Format = None,
     page_size: _PageSize = 4096,
-    use_zero_pages: Annotated[
-        bool, typer.Option("--use-zero-pages/--no-use-zero-pages", help="As /sys/kernel/mm/ksm/use_zero_pages.")
-    ] = False,
-    max_page_sharing: Annotated[
-        int, typer.Option("--max-page-sharing", help="As /sys/kernel/mm/ksm/max_page_sharing.")
-    ] = 256,
-    merge_across_nodes: Annotated[
-        bool,
-        typer.Option("--merge-across-nodes/--no-merge-across-nodes", help="As /sys/kernel/mm/ksm/merge_across_nodes."),
-    ] = True,
+    use_zero_pages: _UseZeroPages = None,
+    max_page_sharing: _MaxPageSharing = None,
+    merge_across_nodes: _MergeAcrossNodes = None,
+    kernel: _Kernel = None,
+    full_scans: _FullScans = None,
+    smart_scan: _SmartScan = None,
+    pages_to_scan: _PagesToScan = None,
+    sleep_millisecs: _SleepMillisecs = None,
+    zero_page_colors: Annotated[
+        int, typer.Option("--zero-page-colors", metavar="N", help="Zero pages chosen by address, as s390 has them.")
+    ] = 1,
     eligible: Annotated[
         str,
         typer.Option("--eligible", help="flagged: the pages an image marks; all: as if all its mappings were marked."),
@@ -84,13 +120,22 @@ def run_command(
     """Scan memory images, merge what they share, and count it as KSM would."""
     settings = Settings(
         page_size=page_size,
-        use_zero_pages=use_zero_pages,
-        max_page_sharing=max_page_sharing,
-        merge_across_nodes=merge_across_nodes,
+        zero_page_colors=zero_page_colors,
         eligible=eligible,  # type: ignore[arg-type]  # Settings checks it
         format=format,
         shard_pages=shard_pages,
         ranges=ranges,
+    )
+    settings = _with_knobs(
+        settings,
+        use_zero_pages=use_zero_pages,
+        max_page_sharing=max_page_sharing,
+        merge_across_nodes=merge_across_nodes,
+        kernel=kernel,
+        full_scans=full_scans,
+        smart_scan=smart_scan,
+        pages_to_scan=pages_to_scan,
+        sleep_millisecs=sleep_millisecs,
     )
     _run_and_show(sources, out, settings, engine, address, as_json, quiet)
 
@@ -174,11 +219,135 @@ def schema_command(
 ) -> None:
     """Print the schema of a table as JSON, or of all tables."""
     if name is None:
-        print(json.dumps([tables.render(table) for table in tables.TABLES.values()], indent=1))
+        print(json.dumps([schema.render(table) for table in tables.TABLES.values()], indent=1))
         return
     if name not in tables.TABLES:
         raise SettingsError("is no table", name, f"use one of {', '.join(tables.TABLES)}")
-    print(json.dumps(tables.render(tables.TABLES[name]), indent=1))
+    print(json.dumps(schema.render(tables.TABLES[name]), indent=1))
+
+
+def _with_knobs(settings: Settings, **knobs: object) -> Settings:
+    """The settings with these instead, None left as it is."""
+    given = {name: value for name, value in knobs.items() if value is not None}
+    limit = given.get("max_page_sharing")
+    if limit is not None:
+        text = str(limit)
+        if text != "unlimited" and not (text.isascii() and text.isdecimal()):
+            raise SettingsError(f"{text!r} is not a number", "max_page_sharing", "use 2 or more, or unlimited")
+        given["max_page_sharing"] = None if text == "unlimited" else int(text)
+    return replace(settings, **given)  # type: ignore[arg-type]  # Settings checks them
+
+
+@app.command("whatif")
+def whatif_command(
+    run: _RunDirectory,
+    use_zero_pages: _UseZeroPages = None,
+    max_page_sharing: _MaxPageSharing = None,
+    merge_across_nodes: _MergeAcrossNodes = None,
+    kernel: _Kernel = None,
+    full_scans: _FullScans = None,
+    smart_scan: _SmartScan = None,
+    pages_to_scan: _PagesToScan = None,
+    sleep_millisecs: _SleepMillisecs = None,
+    as_json: _Json = False,
+) -> None:
+    """Count a run again under other settings; without any, show the grid of settings and name the best."""
+    done = runs.load(run)
+    settings = _with_knobs(
+        done.settings,
+        use_zero_pages=use_zero_pages,
+        max_page_sharing=max_page_sharing,
+        merge_across_nodes=merge_across_nodes,
+        kernel=kernel,
+        full_scans=full_scans,
+        smart_scan=smart_scan,
+        pages_to_scan=pages_to_scan,
+        sleep_millisecs=sleep_millisecs,
+    )
+    result = runs.whatif(done, settings)
+    rows = grid(done.sharing, settings).to_pylist()
+    fault = int(done.sharing.of_images("zero_mapped_fault").sum())
+    if as_json:
+        print(json.dumps(result | {"grid": rows, "best": best(rows, settings), "present": present(rows)}))
+        return
+    if settings != done.settings:
+        report.render_prediction(result, fault, sys.stdout)
+    else:
+        report.render_whatif(rows, settings, result["merges"], fault, sys.stdout)
+
+
+@app.command("explain")
+def explain_command(
+    run: _RunDirectory,
+    image: _Image = None,
+    region: Annotated[
+        str | None, typer.Option("--region", metavar="NAME", help="This mapping alone: [heap], a path; - for none.")
+    ] = None,
+    use_zero_pages: _UseZeroPages = None,
+    max_page_sharing: _MaxPageSharing = None,
+    merge_across_nodes: _MergeAcrossNodes = None,
+    kernel: _Kernel = None,
+    as_json: _Json = False,
+) -> None:
+    """Count why pages are not merged, by image and region."""
+    done, settings = _converged(run, use_zero_pages, max_page_sharing, merge_across_nodes, kernel)
+    prediction = counters.predict(done.sharing, settings)
+    rows = explain(done.sharing, done.regions, prediction).to_pylist()
+    rows = _of_image(rows, image, done)
+    if region is not None:
+        chosen = [row for row in rows if (row["region"] or "-") == region]
+        if not chosen:
+            names = sorted({row["region"] or "-" for row in rows})
+            raise SettingsError("is no region of these images", region, f"use one of {', '.join(names[:20])}")
+        rows = chosen
+    if as_json:
+        print(json.dumps({"explain": rows, "settings": settings.as_dict()}))
+    else:
+        report.render_explain(rows, settings.page_size, sys.stdout)
+
+
+@app.command("unmerge")
+def unmerge_command(
+    run: _RunDirectory,
+    image: _Image = None,
+    use_zero_pages: _UseZeroPages = None,
+    max_page_sharing: _MaxPageSharing = None,
+    merge_across_nodes: _MergeAcrossNodes = None,
+    kernel: _Kernel = None,
+    as_json: _Json = False,
+) -> None:
+    """Count what MADV_UNMERGEABLE of an image, or run=2, would bring back: pages, frames, bytes."""
+    done, settings = _converged(run, use_zero_pages, max_page_sharing, merge_across_nodes, kernel)
+    rows = unmerge(done.sharing, counters.predict(done.sharing, settings), settings).to_pylist()
+    rows = _of_image(rows, image, done)
+    if as_json:
+        print(json.dumps({"unmerge": rows, "settings": settings.as_dict()}))
+    else:
+        report.render_unmerge(rows, settings, sys.stdout)
+
+
+def _converged(
+    run: Path, use_zero_pages: bool | None, max_page_sharing: str | None, across: bool | None, kernel: str | None
+) -> tuple[runs.Run, Settings]:
+    """A run, and its settings with these instead, once nothing changes any more."""
+    done = runs.load(run)
+    settings = replace(done.settings, full_scans=None, smart_scan=False)
+    return done, _with_knobs(
+        settings,
+        use_zero_pages=use_zero_pages,
+        max_page_sharing=max_page_sharing,
+        merge_across_nodes=across,
+        kernel=kernel,
+    )
+
+
+def _of_image(rows: list[dict[str, Any]], image: str | None, run: runs.Run) -> list[dict[str, Any]]:
+    if image is None:
+        return rows
+    ids = run.images.column("image_id").to_pylist()
+    if image not in ids:
+        raise SettingsError("is no image of this run", image, f"use one of {', '.join(ids[:20])}")
+    return [row for row in rows if row["image_id"] == image]
 
 
 def _run_and_show(
@@ -193,10 +362,11 @@ def _run_and_show(
     finally:
         if bar is not None:
             bar.close()
+    processes = store.read_table(out, tables.KSM_STAT).to_pylist()
     if as_json:
-        print(json.dumps(done.summary))
+        print(json.dumps({**done.summary, "processes": processes}))
     else:
-        report.render(done.summary, done.images, done.caveats, sys.stdout)
+        report.render(done.summary, done.images, processes, done.caveats, sys.stdout)
     if done.holes:
         print(f"{done.holes} pages could not be read: {out / 'holes.parquet'} lists them", file=sys.stderr)
         raise typer.Exit(EXIT_HOLES)

@@ -1,37 +1,71 @@
-"""The kernel's counters and ours, from the sharing spectrum alone.
+"""The kernel's counters and ours, for any settings, from what a scan found: no page is touched again.
 
-Rules: mm/ksm.c of Linux 6.18, pages static and not fork-shared, read after a whole scan with
-nothing skipped. A content with N copies, M = max_page_sharing, q = N div M, r = N mod M, has
-q nodes, one more if r >= 2, and a lone page if r = 1 (stable_tree_search: a full node takes no
-more; two pages that find it full make the next one). See docs/design.md, counters.
+Rules: mm/ksm.c of Linux 6.18; docs/ksm.md has them in words, with what differs before. A content
+with N copies in frames of their own, M = max_page_sharing, q = N div M, r = N mod M, has q nodes,
+one more if r >= 2, and a lone page if r = 1 (stable_tree_search: a full node takes no more; two
+pages that find it full make the next one); the lone page is the last in scan order. What fork
+shares, and the zero content, is followed by ksmd.settle().
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
-from ksmdist.errors import IdentityError
+from ksmdist.groups import count_rows
+from ksmdist.ksmd import OWN_FRAMES, Settled, Stretch, is_processed, processed_scans, settle
+from ksmdist.mappings import PATTERN_COLUMNS
 from ksmdist.settings import Settings
-from ksmdist.tables import CLASSES, COUNTERS
+from ksmdist.sharing import Sharing
+from ksmdist.tables import COUNTERS, KINDS, KSM_STAT
+from ksmdist.tree import ALL_NODES
 
-__all__ = ["RMAP_ITEM_BYTES", "Counters", "Identity", "check", "contents", "counters_table", "ksm_counters"]
+__all__ = [
+    "LEFT",
+    "RMAP_ITEM_BYTES",
+    "Counters",
+    "Prediction",
+    "contents",
+    "counters_table",
+    "estimate",
+    "exported",
+    "ksm_stat_table",
+    "predict",
+    "summary",
+]
 
 RMAP_ITEM_BYTES = 64
 """sizeof(struct ksm_rmap_item) on 64-bit, from /sys/kernel/slab/ksm_rmap_item/object_size, 6.18."""
+STABLE_NODE_BYTES = 64
+"""sizeof(struct ksm_stable_node), likewise."""
+MM_SLOT_BYTES = 48
+"""sizeof(struct ksm_mm_slot), likewise."""
+
+LEFT: tuple[str, ...] = ("unique", "full_chain", "fork_twin")
+"""Why a candidate is not merged: no other has its content; its content's nodes are full and it alone is over; all
+pages with its content are one frame already."""
+_UNIQUE, _FULL_CHAIN, _FORK_TWIN = range(len(LEFT))
+
+_ZERO = KINDS.index("zero")
+_NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """The kernel's counters once converged, in pages unless tables.COUNTERS says otherwise, and ours."""
+    """The kernel's counters, in pages unless tables.COUNTERS says otherwise, and ours.
+
+    Those that the kernel of the settings does not have are there all the same: exported() hides them.
+    """
 
     pages_shared: int
     pages_sharing: int
     pages_unshared: int
     pages_volatile: int
+    pages_skipped: int
+    pages_scanned: int | None
     ksm_zero_pages: int
     stable_node_chains: int
     stable_node_dups: int
@@ -40,72 +74,279 @@ class Counters:
     zero_merges: int
     content_merges: int
     saved_bytes: int
+    thp_zero_pages: int
+    frames_saved: int | None
+    physical_profit: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """A sum that must come out twice the same."""
+class Prediction:
+    """Counters for some settings.
 
-    name: str
-    left: int
-    right: int
-
-    @property
-    def holds(self) -> bool:
-        """Whether it does."""
-        return self.left == self.right
-
-
-def _columns(spectrum: pa.Table, by_node: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(is zero, copies, contents) of the rows for single nodes, or of those for all nodes together."""
-    node_known = np.array([node is not None for node in spectrum.column("numa_node").to_pylist()], bool)
-    chosen = node_known if by_node else ~node_known
-    kind = np.array(spectrum.column("kind").to_pylist(), dtype=object)
-    copies = spectrum.column("copies").to_numpy()
-    contents = spectrum.column("contents").to_numpy()
-    return (kind == "zero")[chosen].astype(bool), copies[chosen], contents[chosen]
-
-
-def ksm_counters(spectrum: pa.Table, settings: Settings, volatile: int = 0) -> Counters:
-    """A whole `spectrum` table -> the counters for these settings.
-
-    volatile: pages that change between scans; they keep an rmap item and are in no tree.
+    rmap_items, zero_pages, merging_pages, nodes_within, thp_zero_pages: int64 by image, as in table ksm_stat
+    left:           int64[n, 4]: image, region or -1, reason (an index of LEFT), pages that are not merged
+    scans:          full scans after which nothing changes, from the start
+    candidates:     pages that each of the first scans visits
+    nodes_bounds:   least and most pages_shared with the same pages merged, whatever came and went before
     """
-    zero, copies, contents = _columns(spectrum, by_node=not settings.merge_across_nodes)
-    ksm_zero_pages = 0
-    if settings.use_zero_pages:
-        ksm_zero_pages = int((copies * contents)[zero].sum())
-        zero, copies, contents = zero[~zero], copies[~zero], contents[~zero]
-    full, rest = np.divmod(copies, settings.max_page_sharing)
-    nodes = full + (rest >= 2)
-    merged = copies - (rest == 1)
-    shared = int((nodes * contents).sum())
-    merged_pages = int((merged * contents).sum())
-    lone = int(contents[rest == 1].sum())
-    chained = nodes >= 2
-    sharing = merged_pages - shared
-    rmap_items = merged_pages + lone + volatile
-    zero_merges = int((merged * contents)[zero].sum()) + ksm_zero_pages
-    return Counters(
-        pages_shared=shared,
-        pages_sharing=sharing,
-        pages_unshared=lone,
-        pages_volatile=volatile,
-        ksm_zero_pages=ksm_zero_pages,
-        stable_node_chains=int(contents[chained].sum()),
-        stable_node_dups=int((nodes * contents)[chained].sum()),
+
+    counters: Counters
+    rmap_items: np.ndarray
+    zero_pages: np.ndarray
+    merging_pages: np.ndarray
+    nodes_within: np.ndarray
+    thp_zero_pages: np.ndarray
+    left: np.ndarray
+    scans: int
+    candidates: int
+    nodes_bounds: tuple[int, int]
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Sums over contents, filled in by parts. Arrays are by image."""
+
+    images: int
+    nodes: int = 0
+    merged: int = 0
+    merged_zero: int = 0
+    unshared: int = 0
+    volatile: int = 0
+    skipped: int = 0
+    zero: int = 0
+    chains: int = 0
+    dups: int = 0
+    frames: int = 0
+    scans: int = 1
+    least: int = 0
+    merging: np.ndarray = field(init=False)
+    within: np.ndarray = field(init=False)
+    zero_pages: np.ndarray = field(init=False)
+    dropped: np.ndarray = field(init=False)
+    left: list[np.ndarray] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.merging, self.within, self.zero_pages, self.dropped = (np.zeros(self.images, np.int64) for _ in range(4))
+
+
+def predict(sharing: Sharing, settings: Settings) -> Prediction:
+    """What these images show under these settings, system-wide and for each image."""
+    images = len(sharing.images)
+    volatile = sharing.of_images("volatile")
+    candidates = sum(sharing.of_images(name) for name in ("zero", "zero_mapped_ksm", "duplicate", "unique"))
+    assert isinstance(candidates, np.ndarray)
+    tally = _Tally(images)
+    _closed(sharing, settings, tally)
+    for contents, kind, stretches in _classes(sharing, not settings.merge_across_nodes):
+        _followed(contents, kind, stretches, settings, tally)
+
+    scans_done = settings.full_scans
+    tally.volatile += int(volatile.sum())
+    zero_items = scans_done is not None and scans_done < 3  # the item of a page gone to the zero page goes a scan late
+    gone = tally.dropped + (0 if zero_items else tally.zero_pages)
+    rmap_items = candidates + volatile - gone
+    items = int(rmap_items.sum())
+    sharing_pages = tally.merged - tally.nodes
+    total = int(candidates.sum()) + int(volatile.sum())
+    scanned = None
+    if scans_done is not None:
+        visits = total * min(scans_done, 2) + max(0, scans_done - 2) * (total - int(tally.zero_pages.sum()))
+        scanned = visits - tally.skipped - int(tally.dropped.sum()) * max(0, scans_done - 2)
+    known = int(sharing.of_images("frames_known").sum()) == total - int(volatile.sum())
+    frames_before = int((sharing.spectrum[:, 3] * sharing.spectrum[:, 4])[sharing.spectrum[:, 0] == ALL_NODES].sum())
+    frames_saved = frames_before - tally.frames - tally.nodes if known else None
+    physical = None
+    if frames_saved is not None:
+        registered = int(np.count_nonzero(candidates + volatile))
+        kept = RMAP_ITEM_BYTES * items + STABLE_NODE_BYTES * (tally.nodes + tally.chains) + MM_SLOT_BYTES * registered
+        physical = frames_saved * settings.page_size - kept
+    saved = (sharing_pages + tally.zero) * settings.page_size
+    counted = Counters(
+        pages_shared=tally.nodes,
+        pages_sharing=sharing_pages,
+        pages_unshared=tally.unshared,
+        pages_volatile=tally.volatile,
+        pages_skipped=tally.skipped,
+        pages_scanned=scanned,
+        ksm_zero_pages=tally.zero,
+        stable_node_chains=tally.chains,
+        stable_node_dups=tally.dups,
+        rmap_items=items,
+        general_profit=saved - items * RMAP_ITEM_BYTES,
+        zero_merges=tally.merged_zero + tally.zero,
+        content_merges=tally.merged - tally.merged_zero,
+        saved_bytes=saved,
+        thp_zero_pages=int(tally.dropped.sum()),
+        frames_saved=frames_saved,
+        physical_profit=physical,
+    )
+    left = np.concatenate(tally.left) if tally.left else np.zeros((0, 4), np.int64)
+    return Prediction(
+        counters=counted,
         rmap_items=rmap_items,
-        general_profit=(sharing + ksm_zero_pages) * settings.page_size - rmap_items * RMAP_ITEM_BYTES,
-        zero_merges=zero_merges,
-        content_merges=merged_pages + ksm_zero_pages - zero_merges,
-        saved_bytes=(sharing + ksm_zero_pages) * settings.page_size,
+        zero_pages=tally.zero_pages if tally.zero else np.zeros(images, np.int64),
+        merging_pages=tally.merging,
+        nodes_within=tally.within,
+        thp_zero_pages=tally.dropped,
+        left=left,
+        scans=tally.scans,
+        candidates=total,
+        nodes_bounds=(tally.least, tally.merged),
     )
 
 
-def contents(spectrum: pa.Table) -> dict[str, int]:
+def _closed(sharing: Sharing, settings: Settings, tally: _Tally) -> None:
+    """Contents other than zero in frames of their own: section 2.1 of the rules, by arithmetic."""
+    spectrum = _rows(sharing.spectrum, settings)
+    spectrum = spectrum[(spectrum[:, 1] != _ZERO) & (spectrum[:, 2] == spectrum[:, 3])]
+    copies, contents = spectrum[:, 2], spectrum[:, 4]
+    scans = settings.full_scans
+    if scans == 1:  # the first visit records a checksum, no more
+        tally.volatile += int((copies * contents).sum())
+        tally.frames += int((copies * contents).sum())
+        return
+    limit = settings.max_page_sharing or _NO_LIMIT
+    full, rest = np.divmod(copies, limit)
+    nodes = full + (rest >= 2)
+    lone = int(contents[rest == 1].sum())
+    chained = nodes >= 2
+    tally.nodes += int((nodes * contents).sum())
+    tally.merged += int(((copies - (rest == 1)) * contents).sum())
+    tally.chains += int(contents[chained].sum())
+    tally.dups += int((nodes * contents)[chained].sum())
+    tally.least = tally.nodes
+    tally.frames += lone
+    tally.scans = 2 if len(copies) else tally.scans
+    _wait(lone, settings, tally)
+
+    image, copies, before, here, region, contents = _rows(sharing.image_spectrum, settings).T[1:]
+    ends = before + here
+    waits = (ends == copies) & (copies % limit == 1)
+    merged = copies - (copies % limit == 1)
+    count = -(-merged // limit)
+    first = -(-before // limit)  # nodes are filled in scan order: node j has copies [j * M, (j + 1) * M)
+    inside = np.where(ends >= merged, count, ends // limit) - first
+    tally.merging += _by_image(image, (here - waits) * contents, tally.images)
+    tally.within += _by_image(image, np.maximum(inside, 0) * contents, tally.images)
+    image, region, copies, contents = (column[waits] for column in (image, region, copies, contents))
+    reason = np.where(copies == 1, _UNIQUE, _FULL_CHAIN)
+    keys, pages = count_rows([image, region, reason], contents)
+    tally.left.append(np.stack([*keys, pages], axis=1))
+
+
+def _wait(lone: int, settings: Settings, tally: _Tally) -> None:
+    """Pages that found no partner: in the unstable tree in a scan that looks at them, in none in one that skips."""
+    scans = settings.full_scans
+    if scans is None or not settings.smart_scan:
+        tally.unshared += lone
+        return
+    tally.skipped += lone * (scans - processed_scans(scans))
+    if is_processed(scans):
+        tally.unshared += lone
+    else:
+        tally.volatile += lone
+
+
+def _followed(
+    contents: int, kind: int, stretches: list[tuple[Stretch, bool]], settings: Settings, tally: _Tally
+) -> None:
+    """`contents` contents with these mappings (and whether they are zeros in a huge page)."""
+    scans = settings.full_scans
+    rows = [stretch for stretch, _ in stretches]
+    if kind == _ZERO and scans != 1 and _splits(stretches, settings):
+        for stretch, huge in stretches:
+            tally.dropped[stretch.image] += contents * stretch.pages * huge
+        rows = [stretch for stretch, huge in stretches if not huge]
+        tally.scans = max(tally.scans, 4)
+    pages = sum(stretch.pages for stretch in rows)
+    if pages == 0:
+        return
+    if kind == _ZERO and settings.use_zero_pages:
+        tally.scans = max(tally.scans, 3)
+        if scans == 1:
+            tally.volatile += pages * contents
+            tally.frames += contents * _frames(rows)
+            return
+        tally.volatile += pages * contents if scans == 2 else 0
+        tally.zero += pages * contents
+        for stretch in rows:
+            tally.zero_pages[stretch.image] += stretch.pages * contents
+        return
+    done = settle(rows, settings.max_page_sharing, scans, settings.smart_scan)
+    tally.nodes += done.nodes * contents
+    tally.merged += done.merged_pages * contents
+    tally.merged_zero += done.merged_pages * contents if kind == _ZERO else 0
+    tally.unshared += done.unshared * contents
+    tally.volatile += (done.left_pages - done.unshared) * contents
+    tally.skipped += done.skipped * contents
+    if done.nodes >= 2:
+        tally.chains += contents
+        tally.dups += done.nodes * contents
+    tally.frames += done.frames * contents
+    tally.scans = max(tally.scans, done.scans)
+    tally.least += min(done.nodes, 1 if any(row.frame != OWN_FRAMES for row in rows) else done.nodes) * contents
+    for image, merged in done.merged.items():
+        tally.merging[image] += merged * contents
+    for image, nodes in done.within.items():
+        tally.within[image] += nodes * contents
+    reason = _why_left(done, pages)
+    tally.left.append(
+        np.array([(row.image, row.region, reason, row.pages * contents) for row in done.left], np.int64).reshape(-1, 4)
+    )
+
+
+def _why_left(done: Settled, pages: int) -> int:
+    if done.nodes:
+        return _FULL_CHAIN
+    return _UNIQUE if pages == 1 else _FORK_TWIN
+
+
+def _splits(stretches: list[tuple[Stretch, bool]], settings: Settings) -> bool:
+    """Whether zero pages in huge pages go to the shared zero page, the huge page being split for a merge.
+
+    mm/huge_memory.c, RMP_USE_SHARED_ZEROPAGE, Linux 6.12: all zero pages of an anonymous huge page
+    that is split do, unless it is locked.
+    """
+    if settings.kernel in ("6.1", "6.6"):
+        return False
+    huge = sum(stretch.pages for stretch, is_huge in stretches if is_huge)
+    pages = sum(stretch.pages for stretch, _ in stretches)
+    return huge > 0 and (settings.use_zero_pages or pages >= 2)
+
+
+def _frames(rows: list[Stretch]) -> int:
+    own = sum(row.pages for row in rows if row.frame == OWN_FRAMES)
+    return own + len({row.frame for row in rows if row.frame != OWN_FRAMES})
+
+
+def _classes(sharing: Sharing, by_node: bool) -> Iterable[tuple[int, int, list[tuple[Stretch, bool]]]]:
+    """(contents, kind, mappings) of each pattern; of each of its nodes where nodes are apart."""
+    image, region, node, huge, frame, pages = range(len(PATTERN_COLUMNS))
+    for pattern in sharing.patterns:
+        rows = pattern.rows
+        for number in np.unique(rows[:, node]).tolist() if by_node else [None]:
+            some = rows if number is None else rows[rows[:, node] == number]
+            stretches = [
+                (Stretch(row[image], row[region], row[frame], row[pages]), bool(row[huge])) for row in some.tolist()
+            ]
+            yield pattern.contents, pattern.kind, stretches
+
+
+def _rows(table: np.ndarray, settings: Settings) -> np.ndarray:
+    """The rows for all nodes together, or those for single nodes, by merge_across_nodes."""
+    chosen: np.ndarray = table[(table[:, 0] == ALL_NODES) == settings.merge_across_nodes]
+    return chosen
+
+
+def _by_image(image: np.ndarray, pages: np.ndarray, images: int) -> np.ndarray:
+    return np.bincount(image, pages, images).astype(np.int64)  # sums of doubles, exact below 2**53 pages
+
+
+def contents(sharing: Sharing) -> dict[str, int]:
     """Non-zero contents of eligible pages: how many, how many with two copies or more, most copies."""
-    zero, copies, count = _columns(spectrum, by_node=False)
-    copies, count = copies[~zero], count[~zero]
+    rows = sharing.spectrum
+    rows = rows[(rows[:, 0] == ALL_NODES) & (rows[:, 1] != _ZERO)]
+    copies, count = rows[:, 2], rows[:, 4]
     return {
         "distinct": int(count.sum()),
         "shared": int(count[copies >= 2].sum()),
@@ -113,69 +354,76 @@ def contents(spectrum: pa.Table) -> dict[str, int]:
     }
 
 
+def exported(counters: Counters, settings: Settings) -> dict[str, int | None]:
+    """The counters by name, None for those that the kernel of the settings does not have.
+
+    pages_scanned and ksm_zero_pages came with Linux 6.6, pages_skipped with 6.7, general_profit with 6.4.
+    """
+    shown: dict[str, int | None] = asdict(counters)
+    if settings.kernel == "6.1":
+        shown |= dict.fromkeys(("ksm_zero_pages", "general_profit", "pages_scanned"))
+    if settings.kernel in ("6.1", "6.6"):
+        shown["pages_skipped"] = None
+    return shown
+
+
+def estimate(prediction: Prediction, settings: Settings) -> dict[str, int | float | None]:
+    """About how long KSM takes to converge: the time ksmd sleeps, its own work on the pages not counted.
+
+    Returns scans, pages_per_scan, and seconds, None where pages_to_scan is 0 and ksmd never scans.
+    """
+    seconds = None
+    if settings.pages_to_scan:
+        wakeups = -(-prediction.candidates // settings.pages_to_scan)
+        seconds = prediction.scans * wakeups * settings.sleep_millisecs / 1000
+    return {"full_scans": prediction.scans, "pages_per_scan": prediction.candidates, "seconds": seconds}
+
+
+def summary(prediction: Prediction, settings: Settings) -> dict[str, object]:
+    """What `--json` prints of a prediction: merges, counters, bounds, physical, estimate.
+
+    bounds: least and most, where pages came and went before: ksmd never packs its nodes anew.
+    """
+    counted = prediction.counters
+    shown = exported(counted, settings)
+    merges = {
+        "zero": "zero_merges",
+        "content": "content_merges",
+        "saved_bytes": "saved_bytes",
+        "thp_zero": "thp_zero_pages",
+    }
+    physical = {"frames_saved": shown.pop("frames_saved"), "profit": shown.pop("physical_profit")}
+    least, most = prediction.nodes_bounds
+    merged = counted.pages_shared + counted.pages_sharing
+    return {
+        "merges": {name: shown.pop(column) for name, column in merges.items()},
+        "counters": shown | {"pages_unshared_and_volatile": counted.pages_unshared + counted.pages_volatile},
+        "bounds": {"pages_shared": [least, most], "pages_sharing": [merged - most, merged - least]},
+        "physical": physical,
+        "estimate": estimate(prediction, settings),
+    }
+
+
 def counters_table(counters: Counters, settings: Settings) -> pa.Table:
     """The `counters` table: one row."""
-    knobs = {name: getattr(settings, name) for name in ("page_size", "use_zero_pages", "max_page_sharing")}
-    row = knobs | {"merge_across_nodes": settings.merge_across_nodes} | asdict(counters)
-    return pa.Table.from_pylist([row], schema=COUNTERS.schema)
+    row = settings.as_dict() | exported(counters, settings)
+    return pa.Table.from_pylist([{name: row[name] for name in COUNTERS.schema.names}], schema=COUNTERS.schema)
 
 
-def check(
-    images: pa.Table,
-    spectrum: pa.Table,
-    stable_copies: int,
-    planned_pages: int,
-    lost_pages: int,
-    counters: Counters,
-    settings: Settings,
-) -> list[Identity]:
-    """The identities of docs/design.md, from independent sums; raises IdentityError if one fails.
-
-    stable_copies: sum of `copies` over all stable_tree files; planned_pages: pages in all shards;
-    lost_pages: those of them that could not be read.
-    """
-
-    def total(column: str) -> int:
-        return int(np.sum(images.column(column).to_numpy()))
-
-    classes = {name: total(name) for name in CLASSES}
-    zero, copies, count = _columns(spectrum, by_node=False)
-    lone_zero = int(count[zero & (copies == 1)].sum())
-    present = sum(classes.values())
-    outside = sum(classes[name] for name in ("ineligible", "zero_mapped_fault", "volatile", "unique")) + lone_zero
-    merged = counters.zero_merges + counters.content_merges
-    kept = counters.pages_shared
-    candidates = int((copies * count).sum())
-    identities = [
-        Identity("pages = sum of classes", total("total"), present),
-        Identity("pages in shards = pages classified + pages unreadable", planned_pages, present + lost_pages),
-        Identity("pages = copies in the stable tree + classes outside it", present, stable_copies + outside),
-        Identity(
-            "kinds of eligible pages = copies in the spectrum",
-            classes["zero"] + classes["zero_mapped_ksm"] + classes["duplicate"] + classes["unique"],
-            candidates,
-        ),
-        Identity(
-            "merged = zero merges + content merges",
-            counters.pages_shared + counters.pages_sharing + counters.ksm_zero_pages,
-            merged,
-        ),
-        Identity("saved = merged - frames kept", counters.saved_bytes, (merged - kept) * settings.page_size),
-        Identity(
-            "general_profit as the kernel computes it",
-            counters.general_profit,
-            (counters.pages_sharing + counters.ksm_zero_pages) * settings.page_size
-            - (counters.pages_shared + counters.pages_sharing + counters.pages_unshared + counters.pages_volatile)
-            * RMAP_ITEM_BYTES,
-        ),
-    ]
-    _raise_unless_all_hold(identities)
-    return identities
-
-
-def _raise_unless_all_hold(identities: Sequence[Identity]) -> None:
-    for identity in identities:
-        if not identity.holds:
-            raise IdentityError(
-                f"{identity.left} is not {identity.right}", identity.name, "this is a bug in ksmdist: please report it"
-            )
+def ksm_stat_table(prediction: Prediction, sharing: Sharing, settings: Settings) -> pa.Table:
+    """The `ksm_stat` table: a row for each image, as /proc/PID/ksm_stat and smaps would show."""
+    zero, merging, items = prediction.zero_pages, prediction.merging_pages, prediction.rmap_items
+    profit = (merging + zero) * settings.page_size - items * RMAP_ITEM_BYTES
+    hidden = pa.nulls(len(items), pa.int64())
+    old = settings.kernel == "6.1"
+    columns = {
+        "image": np.arange(len(items), dtype=np.int32),
+        "image_id": sharing.images.column("image_id"),
+        "ksm_rmap_items": items,
+        "ksm_zero_pages": hidden if old else zero,
+        "ksm_merging_pages": merging,
+        "ksm_process_profit": hidden if old else profit,
+        "smaps_ksm_pages": merging,
+        "nodes_within": prediction.nodes_within,
+    }
+    return pa.Table.from_pydict(columns, schema=KSM_STAT.schema)

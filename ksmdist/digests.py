@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from ksmdist.columns import arrow, present
-from ksmdist.tables import PAGE
+from ksmdist.columns import arrow, codes, present, values
+from ksmdist.tables import PAGE, PAGE_FLAGS
 
 __all__ = ["digest_pages", "fill_digest"]
 
@@ -52,10 +52,21 @@ def digest_pages(batch: pa.RecordBatch, page_size: int) -> pa.RecordBatch:
         batch.column("address"),
         batch.column("flags"),
         batch.column("numa_node"),
+        _shared_frame(batch),
+        arrow(codes(batch.column("region"))),
         digest,
         arrow(words, null=other),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=PAGE.schema)
+
+
+def _shared_frame(batch: pa.RecordBatch) -> pa.Array:
+    """The frames that other page table entries may map too: not exclusive ones, nor KSM pages'."""
+    frame = batch.column("frame")
+    if frame.null_count == len(frame):
+        return frame
+    own = values(batch.column("flags")) & np.uint32(PAGE_FLAGS["exclusive"] | PAGE_FLAGS["ksm"])
+    return arrow(values(frame), null=(own != 0) | ~present(frame))
 
 
 def _rows(content: pa.Array, page_size: int) -> np.ndarray:

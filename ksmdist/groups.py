@@ -6,9 +6,11 @@ Sorting and then reducing is faster here than pyarrow's group_by, and it leaves 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-__all__ = ["group_min", "group_starts", "group_sum", "order_by"]
+__all__ = ["count_rows", "group_any", "group_min", "group_starts", "group_sum", "order_by"]
 
 
 def order_by(first: np.ndarray, *rest: np.ndarray) -> np.ndarray:
@@ -61,6 +63,45 @@ def group_sum(column: np.ndarray, starts: np.ndarray) -> np.ndarray:
 def group_min(column: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Lowest value of each group."""
     return _reduce(np.minimum, column, starts)
+
+
+def group_any(column: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Whether a bool column is true anywhere in each group."""
+    return _reduce(np.logical_or, column, starts)
+
+
+def count_rows(columns: Sequence[np.ndarray], weight: np.ndarray | None = None) -> tuple[list[np.ndarray], np.ndarray]:
+    """Distinct rows of these integer columns, ascending, and how many there are of each, or their sum of weight.
+
+    columns: integers of n rows each, below 2**62 in size; returned as int64.
+    """
+    wide = [column.astype(np.int64) for column in columns]
+    if len(wide[0]) == 0:
+        return wide, np.zeros(0, np.int64)
+    low = [int(column.min()) for column in wide]
+    width = [(int(column.max()) - least).bit_length() for column, least in zip(wide, low, strict=True)]
+    if sum(width) > 63:
+        order = np.lexsort(wide[::-1])
+        wide = [column[order] for column in wide]
+        starts = group_starts(*wide)
+        sums = np.diff(starts, append=len(order)) if weight is None else group_sum(weight[order], starts)
+        return [column[starts] for column in wide], sums
+    key = np.zeros(len(wide[0]), np.int64)
+    for column, least, bits in zip(wide, low, width, strict=True):
+        key = (key << bits) | (column - least)
+    if weight is None:
+        key.sort()
+    else:
+        order = np.argsort(key, kind="stable")
+        key, weight = key[order], weight[order]
+    starts = group_starts(key)
+    sums = np.diff(starts, append=len(key)) if weight is None else group_sum(weight, starts)
+    key = key[starts]
+    distinct = []
+    for least, bits in zip(low[::-1], width[::-1], strict=True):
+        distinct.append((key & ((1 << bits) - 1)) + least)
+        key = key >> bits
+    return distinct[::-1], sums
 
 
 def _reduce(how: np.ufunc, column: np.ndarray, starts: np.ndarray) -> np.ndarray:

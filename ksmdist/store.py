@@ -13,16 +13,18 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ksmdist.errors import RunDirectoryError
-from ksmdist.tables import STABLE_TREE, Table
+from ksmdist.schema import Table
+from ksmdist.tables import STABLE_TREE
 
-__all__ = ["RUN_VERSION", "new_run", "read_table", "write_manifest", "write_table"]
+__all__ = ["RUN_VERSION", "new_run", "read_manifest", "read_table", "write_manifest", "write_table"]
 
-RUN_VERSION = 1
+RUN_VERSION = 2
 """Version of run.json and of the directory's layout."""
 
 
@@ -82,6 +84,20 @@ def write_manifest(manifest: Mapping[str, object], run: Path) -> None:
     with open(os.open(run / "run.json", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w", encoding="utf-8") as sink:
         json.dump(manifest, sink, indent=1, sort_keys=True)
         sink.write("\n")
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """Read run.json; raises RunDirectoryError where there is none, or one of another version."""
+    try:
+        manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        version = manifest["run_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunDirectoryError("is no run directory", str(run), "give a directory that `ksmdist run` wrote") from None
+    if version != RUN_VERSION:
+        raise RunDirectoryError(
+            f"is of version {version}, this ksmdist reads {RUN_VERSION}", str(run), "run the images again"
+        )
+    return dict(manifest)
 
 
 def read_table(run: Path, definition: Table) -> pa.Table:

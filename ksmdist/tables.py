@@ -8,28 +8,36 @@ column does not raise it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pyarrow as pa
 
+from ksmdist.schema import Column, Key, Table
+
 __all__ = [
+    "ACCOUNTINGS",
     "CLASSES",
     "COUNTERS",
+    "EXPLAIN",
     "HOLES",
     "IMAGES",
+    "IMAGE_SPECTRUM",
     "KINDS",
+    "KSM_STAT",
+    "MAPPINGS",
     "MEMORY_IMAGE",
     "PAGE",
     "PAGE_FLAGS",
     "PASSED_OVER",
+    "REASONS",
+    "REGIONS",
     "SHARD_CONTENT",
     "SPECTRUM",
     "STABLE_TREE",
     "TABLES",
-    "Column",
-    "Key",
-    "Table",
-    "render",
+    "UNMERGE",
+    "WHATIF",
+    "ZERO_COLORS",
 ]
 
 PAGE_FLAGS: Mapping[str, int] = {
@@ -70,94 +78,16 @@ KINDS: tuple[str, ...] = ("zero", "same_filled", "other")
 """Kinds of content; they cut across the classes. A page without bytes of its own has none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column: Arrow type, meaning, unit (None for what is not a number), nullability, flag bits."""
-
-    name: str
-    type: pa.DataType
-    doc: str
-    unit: str | None = None
-    nullable: bool = False
-    bits: Mapping[str, int] | None = None
-
-    @property
-    def field(self) -> pa.Field:
-        """The Arrow field, with `doc` and `unit` as its metadata."""
-        metadata = {"doc": self.doc} | ({} if self.unit is None else {"unit": self.unit})
-        return pa.field(self.name, self.type, nullable=self.nullable, metadata=metadata)
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """A key of a table's schema metadata (UTF-8 text); `default` None means it must be given."""
-
-    name: str
-    doc: str
-    default: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table: where it is kept, in which order its rows stand, and its columns.
-
-    schema: the Arrow schema, with the metadata keys ksmdist.table and ksmdist.version
-    """
-
-    name: str
-    version: int
-    doc: str
-    file: str
-    sort: tuple[str, ...]
-    columns: tuple[Column, ...]
-    keys: tuple[Key, ...] = ()
-    schema: pa.Schema = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        metadata = {"ksmdist.table": self.name, "ksmdist.version": str(self.version)}
-        schema = pa.schema([column.field for column in self.columns], metadata=metadata)
-        object.__setattr__(self, "schema", schema)
-
-
-def _type_name(type_: pa.DataType) -> str:
-    """Arrow's own name of a type, without what only Arrow's C++ library adds to it."""
-    if pa.types.is_dictionary(type_):
-        return f"dictionary<{_type_name(type_.index_type)}, {_type_name(type_.value_type)}>"
-    return str(type_)
-
-
-def render(table: Table) -> dict[str, object]:
-    """The published form of a table's schema: plain JSON values, no Arrow and no Python in it."""
-    columns = []
-    for column in table.columns:
-        rendered: dict[str, object] = {
-            "name": column.name,
-            "type": _type_name(column.type),
-            "nullable": column.nullable,
-            "unit": column.unit,
-            "doc": column.doc,
-        }
-        if column.bits is not None:
-            rendered["bits"] = dict(column.bits)
-        columns.append(rendered)
-    keys = [
-        {"key": key.name, "required": key.default is None, "default": key.default, "doc": key.doc} for key in table.keys
-    ]
-    return {
-        "name": table.name,
-        "version": table.version,
-        "doc": table.doc,
-        "file": table.file,
-        "sort": list(table.sort),
-        "metadata": keys,
-        "columns": columns,
-    }
+def _count(name: str, doc: str, unit: str) -> Column:
+    return Column(name, pa.int64(), doc, unit=unit)
 
 
 def _pages(name: str, doc: str) -> Column:
-    return Column(name, pa.int64(), doc, unit="pages")
+    return _count(name, doc, "pages")
 
 
+_NODE_OR_ALL = Column("numa_node", pa.int16(), "NUMA node, null: all nodes together", unit="node number", nullable=True)
+_IMAGE = Column("image", pa.int32(), "the image's scan_order in table images", unit="index")
 _NODE_DOC = "NUMA node of the page's frame, 0 where unknown"
 
 MEMORY_IMAGE = Table(
@@ -259,6 +189,8 @@ _FILL_WORD = Column(
     nullable=True,
 )
 
+_REGION = Column("region", pa.int32(), "place in the image's list of regions, -1 for none", unit="index")
+
 PAGE = Table(
     name="page",
     version=1,
@@ -269,6 +201,15 @@ PAGE = Table(
         Column("address", pa.uint64(), "page-aligned address in the image", unit="bytes"),
         Column("flags", pa.uint32(), "as in memory_image", unit="bits", bits=PAGE_FLAGS),
         Column("numa_node", pa.int16(), _NODE_DOC, unit="node number"),
+        Column(
+            "frame",
+            pa.uint64(),
+            "as in memory_image, where other page table entries may map it too; null where it is exclusive, unknown or "
+            "a KSM page's, which counts as a page of its own again",
+            unit="page frame number",
+            nullable=True,
+        ),
+        _REGION,
         replace(_DIGEST, nullable=True, doc=_DIGEST.doc + "; null where the page has no bytes of its own"),
         _FILL_WORD,
     ),
@@ -278,18 +219,28 @@ SHARD_CONTENT = Table(
     name="shard_content",
     version=1,
     doc=(
-        "What travels from scan to merge: a row for each (digest, image, NUMA node, eligible) of the pages scanned "
-        "together. Kept in memory and in Ray's object store only; never page bytes."
+        "What travels from scan to merge: a row for each (digest, image, NUMA node, eligible, huge) of the pages "
+        "scanned together; a row for each page of a content that has a frame here which fork may share. Kept in "
+        "memory and in Ray's object store only; never page bytes."
     ),
     file="",
-    sort=("digest", "image", "numa_node", "eligible"),
+    sort=("digest", "image", "numa_node", "eligible", "huge", "first_address"),
     columns=(
         _DIGEST,
-        Column("image", pa.int32(), "place of the image in the run's list, sorted by image id", unit="index"),
+        _IMAGE,
         Column("numa_node", pa.int16(), _NODE_DOC, unit="node number"),
         Column("eligible", pa.bool_(), "whether KSM may merge these pages"),
+        Column("huge", pa.bool_(), "zero pages that are part of a transparent huge page and not locked"),
         _pages("pages", "pages with this content"),
         Column("first_address", pa.uint64(), "lowest address of them", unit="bytes"),
+        replace(_REGION, doc="region of the last of them by address, as a place in the image's list; -1 for none"),
+        Column(
+            "frame",
+            pa.uint64(),
+            "the frame of the one page, where others may map it too",
+            unit="page frame number",
+            nullable=True,
+        ),
         _FILL_WORD,
     ),
 )
@@ -310,10 +261,40 @@ STABLE_TREE = Table(
         _pages("copies", "eligible pages with this content, in all images and on all nodes"),
         Column("images", pa.int32(), "images that hold it", unit="images"),
         Column("nodes", pa.int32(), "NUMA nodes that hold it", unit="nodes"),
-        Column("first_image", pa.string(), "image_id of the first image, by image_id, that holds it"),
+        Column("first_image", pa.string(), "image_id of the first image, in scan order, that holds it"),
         Column("first_address", pa.uint64(), "its lowest address in that image", unit="bytes"),
     ),
 )
+
+
+_PASSED_OVER_DOCS = {
+    "untouched": "pages of private mappings that were never touched: no memory, no row",
+    "not_anonymous": "pages of a file in private mappings, not written to: not anonymous",
+    "shared_mapping": "resident pages of shared mappings (MAP_SHARED, memfd): MADV_MERGEABLE does nothing there",
+    "hugetlb": "resident pages of hugetlbfs mappings: KSM refuses them",
+    "special": "pages of mappings that KSM refuses (VM_IO, VM_PFNMAP, VM_MIXEDMAP, VM_DONTEXPAND, VM_DROPPABLE)",
+}
+REASONS: tuple[str, ...] = (
+    "file",
+    "swapped",
+    "not_marked",
+    "zero_mapped_fault",
+    "zero_mapped_ksm",
+    "volatile",
+    "huge_zero",
+    "candidates",
+)
+"""What a page that has a row is to KSM, by itself."""
+_REASON_DOCS = {
+    "file": "pages with a row that are a file's: not anonymous",
+    "swapped": "pages swapped out, or that have no bytes in the image and do not say why",
+    "not_marked": "anonymous pages in mappings that are not marked mergeable",
+    "zero_mapped_fault": "mapped to the shared zero page by a read fault: they cost no memory",
+    "zero_mapped_ksm": "mapped to the shared zero page by KSM: counted as zero pages in every prediction",
+    "volatile": "changed between two passes",
+    "huge_zero": "zero pages in a transparent huge page that is not locked: candidates until KSM splits it",
+    "candidates": "all other pages that KSM compares",
+}
 
 SPECTRUM = Table(
     name="spectrum",
@@ -324,12 +305,104 @@ SPECTRUM = Table(
         "it there alone (merge_across_nodes=0). Do not add the two."
     ),
     file="spectrum.parquet",
-    sort=("numa_node", "kind", "copies"),
+    sort=("numa_node", "kind", "copies", "frames"),
     columns=(
-        Column("numa_node", pa.int16(), "NUMA node, null: all nodes together", unit="node number", nullable=True),
+        _NODE_OR_ALL,
         Column("kind", pa.string(), "zero | same_filled | other"),
         _pages("copies", "copies that each of these contents has"),
+        Column(
+            "frames",
+            pa.int64(),
+            "distinct frames those copies have: fewer where fork shares some",
+            unit="frames",
+        ),
         Column("contents", pa.int64(), "contents with that many copies", unit="contents"),
+    ),
+)
+
+IMAGE_SPECTRUM = Table(
+    name="image_spectrum",
+    version=1,
+    doc=(
+        "Where the copies of a content lie in scan order: for contents other than zero that fork does not share, how "
+        "many have `copies` copies, of which `here` are this image's, after `before` of images scanned earlier. With "
+        "spectrum and mappings, all that a prediction for each process needs. numa_node as in spectrum."
+    ),
+    file="image_spectrum.parquet",
+    sort=("numa_node", "image", "copies", "before", "here", "region"),
+    columns=(
+        _NODE_OR_ALL,
+        _IMAGE,
+        _pages("copies", "copies that each of these contents has, in all images"),
+        _pages("before", "copies in images scanned before this one"),
+        _pages("here", "copies in this image"),
+        Column(
+            "region",
+            pa.string(),
+            "region of the content's last copy, where that is this image's; null elsewhere or where it has no name",
+            nullable=True,
+        ),
+        Column("contents", pa.int64(), "contents of which this is true", unit="contents"),
+    ),
+)
+
+MAPPINGS = Table(
+    name="mappings",
+    version=1,
+    doc=(
+        "The mappings, in scan order, of the zero content and of each content that has a frame which fork shares: what "
+        "KSM makes of these depends on their order. Contents that are alike in it are one pattern. Neighbours in scan "
+        "order that have frames of their own are one row."
+    ),
+    file="mappings.parquet",
+    sort=("pattern",),
+    columns=(
+        Column("pattern", pa.int32(), "number of the pattern; its rows stand in scan order", unit="index"),
+        Column("contents", pa.int64(), "contents with this pattern", unit="contents"),
+        Column("kind", pa.string(), "zero | same_filled | other"),
+        _IMAGE,
+        Column("region", pa.string(), "region of the last of these pages; null for none", nullable=True),
+        Column("numa_node", pa.int16(), _NODE_DOC, unit="node number"),
+        Column("huge", pa.bool_(), "zero pages in a transparent huge page that is not locked"),
+        Column(
+            "frame",
+            pa.int32(),
+            "number, within the pattern, of the frame that they share with other rows; null: frames of their own",
+            unit="index",
+            nullable=True,
+        ),
+        _pages("pages", "mappings in this row"),
+    ),
+)
+
+REGIONS = Table(
+    name="regions",
+    version=1,
+    doc="A row for each image and region: why pages are not merged, as far as no other page is needed to say so.",
+    file="regions.parquet",
+    sort=("image", "region"),
+    columns=(
+        _IMAGE,
+        Column("region", pa.string(), "name of the mapping; null where the image names none", nullable=True),
+        *(_pages(name, _PASSED_OVER_DOCS[name]) for name in PASSED_OVER),
+        _pages("absent", "pages without a row for which the image gives no reason: untouched, filtered out, a hole"),
+        *(_pages(name, _REASON_DOCS[name]) for name in REASONS),
+    ),
+)
+
+ZERO_COLORS = Table(
+    name="zero_colors",
+    version=1,
+    doc=(
+        "Zero pages by the colour of the shared zero page that their address chooses, (address / page_size) modulo the "
+        "number of colours (arch/s390/include/asm/pgtable.h, ZERO_PAGE); one row where there is one zero page."
+    ),
+    file="zero_colors.parquet",
+    sort=("color",),
+    columns=(
+        Column("color", pa.int32(), "number of the zero page", unit="index"),
+        _pages("zero", "eligible pages full of zeros in frames of their own, and those KSM had placed"),
+        _pages("zero_mapped_fault", "pages that a read fault has mapped to it"),
     ),
 )
 
@@ -353,8 +426,14 @@ IMAGES = Table(
     version=1,
     doc="A row for each image: its pages by class and kind, and what it shares.",
     file="images.parquet",
-    sort=("image_id",),
+    sort=("scan_order",),
     columns=(
+        Column(
+            "scan_order",
+            pa.int32(),
+            "place in the order in which KSM scans the images: as they say themselves, alike by image_id",
+            unit="index",
+        ),
         Column("image_id", pa.string(), "name of the image, unique in the run"),
         Column("kind", pa.string(), "guest | process | container | kernel"),
         Column("format", pa.string(), "format it was read from"),
@@ -367,6 +446,31 @@ IMAGES = Table(
         *(_pages(f"kind_{name}", _KIND_DOCS[name]) for name in KINDS),
         _pages("shared_within", "non-zero eligible pages whose content this image holds twice or more"),
         _pages("shared_with_others", "non-zero eligible pages whose content another image holds too"),
+        _pages("frames_known", "eligible pages with bytes of their own whose frame the image names"),
+    ),
+)
+
+KSM_STAT = Table(
+    name="ksm_stat",
+    version=1,
+    doc="A row for each image: what /proc/PID/ksm_stat would show of its process, for this run's settings.",
+    file="ksm_stat.parquet",
+    sort=("image",),
+    columns=(
+        _IMAGE,
+        Column("image_id", pa.string(), "name of the image"),
+        Column("ksm_rmap_items", pa.int64(), "rmap items of the process", unit="rmap items"),
+        replace(_pages("ksm_zero_pages", "its pages mapped to the zero page by KSM; null: not shown"), nullable=True),
+        _pages("ksm_merging_pages", "its pages that are merged, the first of each node too"),
+        Column(
+            "ksm_process_profit",
+            pa.int64(),
+            "(ksm_merging_pages + ksm_zero_pages) x page_size - ksm_rmap_items x 64; null: not shown",
+            unit="bytes",
+            nullable=True,
+        ),
+        _pages("smaps_ksm_pages", "sum of KSM: in its smaps, in pages; zero pages are not in it"),
+        _pages("nodes_within", "KSM pages that only this image maps: free again if it alone is unmerged"),
     ),
 )
 
@@ -389,46 +493,179 @@ HOLES = Table(
     ),
 )
 
+_KNOBS = (
+    Column("use_zero_pages", pa.bool_(), "setting: zero pages are mapped to the shared zero page"),
+    Column(
+        "max_page_sharing",
+        pa.int64(),
+        "setting: most pages that share one KSM page; null: unlimited",
+        unit="pages",
+        nullable=True,
+    ),
+    Column("merge_across_nodes", pa.bool_(), "setting: pages of different NUMA nodes may be merged"),
+)
+_TREE_COUNTERS = (
+    _pages("pages_shared", "KSM pages (stable nodes) in use"),
+    _pages("pages_sharing", "pages that share them beyond the first of each"),
+    _pages("pages_unshared", "pages in the unstable tree: looked at in the last scan, with no partner"),
+    _pages(
+        "pages_volatile", "pages with an rmap item in neither tree: changed, skipped, or a fork twin of one waiting"
+    ),
+    Column("stable_node_chains", pa.int64(), "contents with more than one stable node", unit="contents"),
+    Column("stable_node_dups", pa.int64(), "stable nodes in those chains", unit="stable nodes"),
+    Column("rmap_items", pa.int64(), "rmap items KSM keeps, 64 bytes each", unit="rmap items"),
+)
+_SAVED = Column(
+    "saved_bytes",
+    pa.int64(),
+    "merged pages less the KSM pages kept for them, in bytes, as if each had a frame of its own before; KSM's own cost "
+    "not taken off",
+    unit="bytes",
+)
+_PHYSICAL_PROFIT = Column(
+    "physical_profit",
+    pa.int64(),
+    "frames that are really freed, in bytes, less all that KSM keeps (rmap items and stable nodes of 64 bytes, an "
+    "mm_slot of 48 for each image); null where frames are not known",
+    unit="bytes",
+    nullable=True,
+)
+
 COUNTERS = Table(
     name="counters",
     version=1,
     doc=(
-        "One row: the kernel's counters for this run's settings, as /sys/kernel/mm/ksm would show them once KSM has "
-        "converged on static memory, and ours."
+        "One row: the kernel's counters for this run's settings, as /sys/kernel/mm/ksm would show them on static "
+        "memory, and ours. Null: this kernel does not have the counter, or no number of scans was given."
     ),
     file="counters.parquet",
     sort=(),
     columns=(
         Column("page_size", pa.int64(), "size of a page", unit="bytes"),
-        Column("use_zero_pages", pa.bool_(), "setting: zero pages are mapped to the shared zero page"),
-        Column("max_page_sharing", pa.int64(), "setting: most pages that share one KSM page", unit="pages"),
-        Column("merge_across_nodes", pa.bool_(), "setting: pages of different NUMA nodes may be merged"),
-        _pages("pages_shared", "KSM pages (stable nodes) in use"),
-        _pages("pages_sharing", "pages that share them beyond the first of each: frames saved"),
-        _pages("pages_unshared", "pages scanned but with no partner"),
-        _pages("pages_volatile", "pages that changed between passes"),
-        _pages("ksm_zero_pages", "pages mapped to the shared zero page by KSM"),
-        Column("stable_node_chains", pa.int64(), "contents with more than one stable node", unit="contents"),
-        Column("stable_node_dups", pa.int64(), "stable nodes in those chains", unit="stable nodes"),
-        Column("rmap_items", pa.int64(), "rmap items KSM keeps, 64 bytes each", unit="rmap items"),
+        Column("kernel", pa.string(), "setting: the Linux whose rules are followed"),
+        *_KNOBS,
+        Column("smart_scan", pa.bool_(), "setting: skip pages that found no partner for a while"),
+        replace(_count("full_scans", "setting: scans done; null: as many as it takes", "scans"), nullable=True),
+        *_TREE_COUNTERS,
+        replace(_pages("pages_skipped", "visits left out by smart_scan"), nullable=True),
+        replace(_pages("pages_scanned", "visits in all these scans, without those skipped"), nullable=True),
+        replace(_pages("ksm_zero_pages", "pages mapped to the shared zero page by KSM"), nullable=True),
         Column(
             "general_profit",
             pa.int64(),
             "(pages_sharing + ksm_zero_pages) x page_size - rmap_items x 64, with its sign",
             unit="bytes",
+            nullable=True,
         ),
         _pages("zero_merges", "zero pages that end up merged, with each other or with the zero page"),
         _pages("content_merges", "other pages that end up merged"),
+        _SAVED,
+        _pages(
+            "thp_zero_pages",
+            "zero pages that go to the shared zero page as KSM splits their huge page (Linux 6.12 and up): freed, and "
+            "in no counter of the kernel",
+        ),
+        replace(_pages("frames_saved", "frames that are really freed; null where frames are not known"), nullable=True),
+        _PHYSICAL_PROFIT,
+    ),
+)
+
+EXPLAIN = Table(
+    name="explain",
+    version=1,
+    doc="Why pages are merged or not, by image and region, for some settings. Printed by `ksmdist explain`, not kept.",
+    file="",
+    sort=("image_id", "region", "reason"),
+    columns=(
+        Column("image_id", pa.string(), "name of the image"),
+        Column("region", pa.string(), "name of the mapping; null where the image names none", nullable=True),
+        Column("reason", pa.string(), "merged, or why not: a name of docs/ksm.md, explain"),
+        _pages("pages", "pages of which this is so"),
+    ),
+)
+
+UNMERGE = Table(
+    name="unmerge",
+    version=1,
+    doc="What MADV_UNMERGEABLE of one image, or of all, brings back. Printed by `ksmdist unmerge`, not kept.",
+    file="",
+    sort=("image_id",),
+    columns=(
         Column(
-            "saved_bytes",
+            "image_id", pa.string(), "name of the image unmerged by itself; null: all together (run=2)", nullable=True
+        ),
+        _pages("pages_unshared", "pages that get a frame of their own again"),
+        _pages("zero_pages_given_back", "of them, pages that were on the shared zero page; 0 before Linux 6.6"),
+        _pages("zero_pages_kept", "pages that stay on the shared zero page, because this kernel does not know of them"),
+        _pages("frames_freed", "KSM pages that nobody maps any more"),
+        _pages("frames_needed", "frames needed: pages unshared less KSM pages freed"),
+        Column("bytes_needed", pa.int64(), "frames needed, in bytes", unit="bytes"),
+    ),
+)
+
+ACCOUNTINGS: tuple[str, ...] = ("stable_tree", "untracked", "rmap_tracked", "all_zero_mappings", "pte_dirty")
+"""Ways to account for zero pages that KSM places, as the kernel had or discussed them (docs/ksm.md)."""
+
+WHATIF = Table(
+    name="whatif",
+    version=1,
+    doc=(
+        "A row for each combination of use_zero_pages, max_page_sharing, merge_across_nodes and way to account for "
+        "zero pages (stable_tree is use_zero_pages off; the other four are ways to have it on): what the kernel would "
+        "show, what it would really save, and what unmerging gives back."
+    ),
+    file="whatif.parquet",
+    sort=("use_zero_pages", "accounting", "max_page_sharing", "merge_across_nodes"),
+    columns=(
+        Column("accounting", pa.string(), " | ".join(ACCOUNTINGS)),
+        *_KNOBS,
+        *_TREE_COUNTERS,
+        Column("rmap_item_bytes", pa.int64(), "memory the rmap items take", unit="bytes"),
+        _pages("zero_merges", "zero pages that end up merged, with each other or with the zero page"),
+        _pages("content_merges", "other pages that end up merged"),
+        replace(
+            _pages(
+                "zero_pages_counted",
+                "what the counter of zero pages shows: those KSM placed; with all_zero_mappings those of read faults "
+                "too; null where nothing counts them",
+            ),
+            nullable=True,
+        ),
+        Column(
+            "general_profit",
             pa.int64(),
-            "merged pages less the frames kept for them, in bytes; KSM's own cost not taken off",
+            "as a kernel with this accounting computes it from its own counters, with its sign",
             unit="bytes",
         ),
+        _pages("frames_kept", "KSM pages: frames kept for what is merged; the shared zero page is not KSM's"),
+        _SAVED,
+        Column("profit", pa.int64(), "saved_bytes less rmap_item_bytes, with its sign", unit="bytes"),
+        _PHYSICAL_PROFIT,
+        _pages("zero_pages_given_back", "pages on the shared zero page that MADV_UNMERGEABLE or run=2 gives back"),
+        _pages("unmerge_frames", "frames that unmerging everything needs"),
+        Column("present", pa.bool_(), "whether these are the run's own settings and its kernel's accounting"),
     ),
 )
 
 TABLES: Mapping[str, Table] = {
-    table.name: table for table in (MEMORY_IMAGE, PAGE, SHARD_CONTENT, STABLE_TREE, SPECTRUM, IMAGES, HOLES, COUNTERS)
+    table.name: table
+    for table in (
+        MEMORY_IMAGE,
+        PAGE,
+        SHARD_CONTENT,
+        STABLE_TREE,
+        SPECTRUM,
+        IMAGE_SPECTRUM,
+        MAPPINGS,
+        REGIONS,
+        ZERO_COLORS,
+        IMAGES,
+        HOLES,
+        COUNTERS,
+        KSM_STAT,
+        WHATIF,
+        EXPLAIN,
+        UNMERGE,
+    )
 }
 """All tables by name."""

@@ -6,7 +6,7 @@ merge() is a function of the set of rows: in any order, in any grouping, the res
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,28 +14,35 @@ import pyarrow as pa
 
 from ksmdist.classes import combine, digest_words
 from ksmdist.columns import arrow, joined, present, strings, values
-from ksmdist.groups import group_min, group_starts, group_sum
-from ksmdist.tables import KINDS, SPECTRUM, STABLE_TREE
+from ksmdist.groups import count_rows, group_any, group_min, group_starts, group_sum
+from ksmdist.mappings import Patterns, find_patterns, shared_frames
+from ksmdist.tables import KINDS, STABLE_TREE
 
-__all__ = ["RangeTree", "add_spectra", "merge", "split"]
+__all__ = ["ALL_NODES", "RangeTree", "add_rows", "merge", "split"]
 
 _ZERO, _SAME_FILLED, _OTHER = range(len(KINDS))
-_FEW = 1 << 16  # (copies, kind) up to here are counted, not sorted: nearly all
+
+ALL_NODES = -1
+"""numa_node of rows that count a content over all nodes; below every node's number."""
 
 
 @dataclass(frozen=True, slots=True)
 class RangeTree:
     """One digest range, merged.
 
-    stable:   `stable_tree`, sorted by digest
-    spectrum: `spectrum` of this range's contents
-    images:   int64[n, 5]: image, then its pages that are duplicate, unique, shared within,
-              shared with others; for images that have any
-    pages:    eligible pages that went in
+    stable:         `stable_tree`, sorted by digest
+    spectrum:       int64[n, 5]: numa_node or ALL_NODES, kind, copies, frames, contents
+    image_spectrum: int64[n, 7]: numa_node or ALL_NODES, image, copies, before, here, region or -1, contents
+    patterns:       of the zero content and of contents that have a frame which fork shares
+    images:         int64[n, 5]: image, then its pages that are duplicate, unique, shared within,
+                    shared with others; for images that have any
+    pages:          eligible pages that went in
     """
 
     stable: pa.Table
-    spectrum: pa.Table
+    spectrum: np.ndarray
+    image_spectrum: np.ndarray
+    patterns: Patterns
     images: np.ndarray
     pages: int
 
@@ -54,60 +61,85 @@ def split(content: pa.Table, ranges: int) -> list[pa.Table]:
     return [content.slice(start, end - start) for start, end in itertools.pairwise(cuts)]
 
 
-def merge(tables: Sequence[pa.Table], image_ids: Sequence[str]) -> RangeTree:
+def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[str]) -> RangeTree:
     """`shard_content` tables of one range -> that range of the stable tree, and what it counts.
 
-    Only eligible pages enter the tree. image_ids: names by image number, ascending.
+    Only eligible pages enter the tree. image_ids, hosts: by image number, in scan order; equal frame
+    numbers are one frame on one host only.
     """
     content = combine(tables)
-    digest, image, node, may, pages, address = (joined([content], name) for name in content.column_names[:-1])
-    fill = content.column("fill_word").combine_chunks()
-    filled, word = present(fill), values(fill)
+    digest, image, node, may, huge, pages, address, region = (
+        joined([content], name) for name in content.column_names[:-2]
+    )
+    frame, fill = (content.column(name).combine_chunks() for name in ("frame", "fill_word"))
+    framed, number, filled, word = present(frame), values(frame), present(fill), values(fill)
     if not may.all():
-        digest, image, node, pages, address, filled, word = (
-            column[may] for column in (digest, image, node, pages, address, filled, word)
+        digest, image, node, huge, pages, address, region, framed, number, filled, word = (
+            column[may] for column in (digest, image, node, huge, pages, address, region, framed, number, filled, word)
         )
     if len(pages) == 0:
-        empty = np.zeros((0, 5), np.int64)
-        return RangeTree(STABLE_TREE.schema.empty_table(), SPECTRUM.schema.empty_table(), empty, 0)
+        none = [np.zeros((0, width), np.int64) for width in (5, 7, 5)]
+        return RangeTree(STABLE_TREE.schema.empty_table(), none[0], none[1], {}, none[2], 0)
 
     high, low = digest_words(digest)
     starts = group_starts(high, low)  # a group a content: the rows of the images and nodes that hold it
+    length = np.diff(starts, append=len(pages))
+    content_of = np.repeat(np.arange(len(starts)), length)
     copies = group_sum(pages, starts)
     word, filled = word[starts], filled[starts]
     kind = np.where(filled, np.where(word == 0, _ZERO, _SAME_FILLED), _OTHER).astype(np.int8)
 
-    pairs = group_starts(high, low, image)  # a group a content and image
-    content_of = np.searchsorted(starts, pairs, side="right") - 1
+    pairs = group_starts(content_of, image)  # a group a content and image
     first_pair = np.searchsorted(pairs, starts)
     images = np.diff(first_pair, append=len(pairs)).astype(np.int32)
+    here = group_sum(pages, pairs)
+    lowest = group_min(address, pairs)[first_pair]
 
-    if (node == node[0]).all():
-        nodes = np.ones(len(starts), np.int32)
-        whole = _spectrum(kind, copies)
-        spectra = [_spectrum_table(whole, None), _spectrum_table(whole, int(node[0]))]
-    else:
-        nodes, spectra = _by_node(np.searchsorted(starts, np.arange(len(node)), side="right") - 1, node, pages, kind)
-        spectra.append(_spectrum_table(_spectrum(kind, copies), None))
+    host = np.unique(np.array(hosts, object), return_inverse=True)[1] if framed.any() else np.zeros(len(hosts), int)
+    shared = shared_frames(content_of, host[image], number, framed)
+    forked = group_any(shared >= 0, starts)
+    ordered = forked | (kind == _ZERO)
+    rows = _Rows(content_of, image, node, pages, address, region)
+    spectrum, image_spectrum = _spectra(rows, shared, kind, ordered)
+    nodes = _nodes(content_of, node, len(starts))
+    chosen = np.flatnonzero(ordered[content_of])
+    patterns = find_patterns(
+        content_of[chosen],
+        kind,
+        *(column[chosen] for column in (image, region, node, huge, shared, pages, address)),
+    )
 
-    shared = np.flatnonzero(copies >= 2)
+    several = np.flatnonzero(copies >= 2)
     stable = pa.Table.from_arrays(
         [
-            arrow(digest[starts[shared]]),
-            strings(KINDS, kind[shared]),
-            arrow(word[shared], null=~filled[shared]),
-            arrow(copies[shared]),
-            arrow(images[shared]),
-            arrow(nodes[shared]),
-            strings(image_ids, image[starts[shared]]),
-            arrow(group_min(address, pairs)[first_pair[shared]]),
+            arrow(digest[starts[several]]),
+            strings(KINDS, kind[several]),
+            arrow(word[several], null=~filled[several]),
+            arrow(copies[several]),
+            arrow(images[several]),
+            arrow(nodes[several]),
+            strings(image_ids, image[starts[several]]),
+            arrow(lowest[several]),
         ],
         schema=STABLE_TREE.schema,
     )
-    here = group_sum(pages, pairs)
-    here[kind[content_of] == _ZERO] = 0
-    facts = (copies[content_of] >= 2, copies[content_of] == 1, here >= 2, images[content_of] >= 2)
-    return RangeTree(stable, add_spectra(spectra), _per_image(image[pairs], here, facts), int(pages.sum()))
+    of_pair = content_of[pairs]
+    here[kind[of_pair] == _ZERO] = 0
+    facts = (copies[of_pair] >= 2, copies[of_pair] == 1, here >= 2, images[of_pair] >= 2)
+    per_image = _per_image(image[pairs], here, facts)
+    return RangeTree(stable, spectrum, image_spectrum, patterns, per_image, int(pages.sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Eligible rows of `shard_content`, sorted by content, image, node, address; content: its number."""
+
+    content: np.ndarray
+    image: np.ndarray
+    node: np.ndarray
+    pages: np.ndarray
+    address: np.ndarray
+    region: np.ndarray
 
 
 def _per_image(image: np.ndarray, pages: np.ndarray, facts: Sequence[np.ndarray]) -> np.ndarray:
@@ -118,48 +150,75 @@ def _per_image(image: np.ndarray, pages: np.ndarray, facts: Sequence[np.ndarray]
     return np.concatenate((held[:, None], table[held]), axis=1)
 
 
-def _by_node(
-    content_of: np.ndarray, node: np.ndarray, pages: np.ndarray, kind: np.ndarray
-) -> tuple[np.ndarray, list[pa.Table]]:
-    """For each content the number of its nodes, and a spectrum for each node. content_of: by row, ascending."""
-    order = np.lexsort((node, content_of))
-    content, where, count = content_of[order], node[order], pages[order]
-    starts = group_starts(content, where)
-    content, where, count = content[starts], where[starts], group_sum(count, starts)
-    nodes = np.bincount(content).astype(np.int32)
-    there = [(int(number), where == number) for number in np.unique(where)]
-    return nodes, [_spectrum_table(_spectrum(kind[content[at]], count[at]), number) for number, at in there]
+def _nodes(content: np.ndarray, node: np.ndarray, contents: int) -> np.ndarray:
+    """int32[contents]: the NUMA nodes that hold each content."""
+    if (node == node[0]).all():
+        return np.ones(contents, np.int32)
+    (which, _), _ = count_rows([content, node])
+    return np.bincount(which, minlength=contents).astype(np.int32)
 
 
-def _spectrum(kind: np.ndarray, copies: np.ndarray) -> dict[tuple[int, int], int]:
-    """(kind, copies) -> contents."""
-    packed = copies * len(KINDS) + kind
-    few = packed < _FEW
-    counts = np.bincount(packed[few])
-    found = {divmod(int(at), len(KINDS)): int(counts[at]) for at in np.flatnonzero(counts)}
-    for at, contents in zip(*np.unique(packed[~few], return_counts=True), strict=True):
-        found[divmod(int(at), len(KINDS))] = int(contents)
-    return {(which, number): contents for (number, which), contents in found.items()}
+def _spectra(rows: _Rows, shared: np.ndarray, kind: np.ndarray, ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """RangeTree.spectrum and image_spectrum, over all nodes and for each; image_spectrum without `ordered` contents."""
+    one_node = bool((rows.node == rows.node[0]).all())
+    spectra, by_image = [], []
+    for node in [ALL_NODES] if one_node else [ALL_NODES, *np.unique(rows.node).tolist()]:
+        at = np.flatnonzero((rows.node == node) if node != ALL_NODES else np.ones(len(rows.node), bool))
+        content, pages = rows.content[at], rows.pages[at]
+        starts = group_starts(content)
+        copies, which = group_sum(pages, starts), content[starts]
+        frames = _frames(copies, starts, shared[at])
+        spectra.append(_table(node, *count_rows([kind[which], copies, frames])))
+        by_image.append(_image_rows(node, rows, at[~ordered[content]], not one_node))
+    if one_node:
+        node = int(rows.node[0])
+        spectra.append(_with_node(spectra[0], node))
+        by_image.append(_with_node(by_image[0], node))
+    return np.concatenate(spectra), np.concatenate(by_image)
 
 
-def _spectrum_table(spectrum: Mapping[tuple[int, int], int], node: int | None) -> pa.Table:
-    rows = [
-        {"numa_node": node, "kind": KINDS[kind], "copies": copies, "contents": contents}
-        for (kind, copies), contents in spectrum.items()
-    ]
-    return pa.Table.from_pylist(rows, schema=SPECTRUM.schema)
+def _frames(copies: np.ndarray, starts: np.ndarray, shared: np.ndarray) -> np.ndarray:
+    """Distinct frames of each content: its copies, less those whose frame an earlier row has."""
+    if not (shared >= 0).any():
+        return copies
+    at = np.flatnonzero(shared >= 0)
+    content = np.searchsorted(starts, at, side="right") - 1
+    (of, _), users = count_rows([content, shared[at]])
+    return copies - np.bincount(of, users - 1, len(starts)).astype(np.int64)
 
 
-def add_spectra(spectra: Sequence[pa.Table]) -> pa.Table:
-    """Spectra of disjoint sets of contents -> their sum, sorted: no node first, then by node, kind, copies."""
-    totals: dict[tuple[bool, int, str, int], int] = {}
-    for spectrum in spectra:
-        for row in spectrum.to_pylist():
-            node = row["numa_node"]
-            key = (node is not None, node or 0, row["kind"], row["copies"])
-            totals[key] = totals.get(key, 0) + row["contents"]
-    rows = [
-        {"numa_node": node if known else None, "kind": kind, "copies": copies, "contents": contents}
-        for (known, node, kind, copies), contents in sorted(totals.items())
-    ]
-    return pa.Table.from_pylist(rows, schema=SPECTRUM.schema)
+def _image_rows(node: int, rows: _Rows, at: np.ndarray, mixed: bool) -> np.ndarray:
+    """image_spectrum rows of the contents that rows `at` hold; mixed: they may be of several nodes."""
+    if len(at) == 0:
+        return np.zeros((0, 7), np.int64)
+    if mixed:
+        at = at[np.lexsort((rows.address[at], rows.image[at], rows.content[at]))]
+    content, image, pages, region = rows.content[at], rows.image[at], rows.pages[at], rows.region[at]
+    pairs = group_starts(content, image)
+    starts = group_starts(content)
+    last = np.append(pairs[1:], len(at)) - 1  # the row of the pair's last page
+    here = group_sum(pages, pairs)
+    first_pair = np.searchsorted(pairs, starts)
+    length = np.diff(first_pair, append=len(pairs))
+    copies = np.repeat(group_sum(pages, starts), length)
+    running = np.cumsum(here) - here
+    before = running - np.repeat(running[first_pair], length)
+    where = np.where(before + here == copies, region[last], -1)
+    return _table(node, *count_rows([image[pairs], copies, before, here, where]))
+
+
+def _table(node: int, columns: Sequence[np.ndarray], counts: np.ndarray) -> np.ndarray:
+    return np.stack([np.full(len(counts), node, np.int64), *columns, counts], axis=1)
+
+
+def _with_node(table: np.ndarray, node: int) -> np.ndarray:
+    table = table.copy()
+    table[:, 0] = node
+    return table
+
+
+def add_rows(tables: Sequence[np.ndarray]) -> np.ndarray:
+    """Tables int64[n, k] of disjoint sets of contents -> their sum: the last column added up, rows ascending."""
+    whole = np.concatenate(tables)
+    columns, sums = count_rows(list(whole.T[:-1]), whole[:, -1])
+    return np.stack([*columns, sums], axis=1)

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from ksmdist.tables import TABLES, render
+from ksmdist.schema import render
+from ksmdist.tables import TABLES
 
 here = Path(__file__).parent
 for old in here.glob("*.json"):

@@ -55,27 +55,33 @@ def elf_core(
     return head + b"".join(headers) + section + bytes(body)
 
 
-Row = tuple[int, bytes | None, int]
+Row = tuple[int, bytes | None, int] | tuple[int, bytes | None, int, int | None, str | None, int]
 
 
 def arrow_image(path: Path, rows: Sequence[Row], metadata: Mapping[str, str] | None = None, batch: int = 3) -> Path:
-    """A memory_image with rows (address, content, flags), written as a stranger would, by the schema alone."""
+    """A memory_image with rows (address, content, flags[, frame, region, node]), by the schema alone."""
+    names = sorted({region for _, _, _, _, region, _ in map(_whole, rows) if region is not None})
     keys = {"ksmdist.table": "memory_image", "ksmdist.version": "1", "ksmdist.page_size": str(PAGE)}
     schema = pa.schema([(c.name, c.type) for c in MEMORY_IMAGE.columns], metadata=keys | dict(metadata or {}))
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for at in range(0, len(rows), batch):
-            part = rows[at : at + batch]
+            part = [_whole(row) for row in rows[at : at + batch]]
+            codes = pa.array([None if row[4] is None else names.index(row[4]) for row in part], pa.int32())
             columns = {
                 "address": [row[0] for row in part],
                 "content": [row[1] for row in part],
                 "flags": [row[2] for row in part],
-                "numa_node": [0] * len(part),
-                "frame": [None] * len(part),
-                "region": pa.array([None] * len(part), pa.string()).dictionary_encode(),
+                "numa_node": [row[5] for row in part],
+                "frame": [row[3] for row in part],
+                "region": pa.DictionaryArray.from_arrays(codes, pa.array(names, pa.string())),
             }
             arrays = [pa.array(columns[f.name], f.type) if f.name != "region" else columns["region"] for f in schema]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
     return path
+
+
+def _whole(row: Row) -> tuple[int, bytes | None, int, int | None, str | None, int]:
+    return row if len(row) == 6 else (*row, None, None, 0)
 
 
 def eligible(*names: str) -> int:

@@ -34,7 +34,7 @@ def test_json_is_the_promised_object(make_raw: MakeImage, tmp_path: Path) -> Non
         "stable_node_dups rmap_items general_profit",
     }
     for key, names in promised.items():
-        assert set(printed[key]) == set(names.split()), key
+        assert set(names.split()) <= set(printed[key]), key
     assert printed["engine"] == "inline"
     assert printed["run"] == str(tmp_path / "out")
     assert printed["settings"]["max_page_sharing"] == 256

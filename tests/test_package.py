@@ -33,7 +33,7 @@ def test_errors_pickle_with_their_fields(kind: type[errors.KsmdistError]) -> Non
 
 
 def test_the_public_names() -> None:
-    assert sorted(ksmdist.__all__) == ["KsmdistError", "Run", "Settings", "__version__", "run"]
+    assert sorted(ksmdist.__all__) == ["KsmdistError", "Run", "Settings", "__version__", "load", "run", "whatif"]
 
 
 def test_the_wheel_holds_the_package_alone(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import xxhash
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 
 from ksmdist import classes, digests, tree
 from ksmdist.digests import fill_digest
-from ksmdist.settings import Eligible
-from ksmdist.tables import CLASSES, MEMORY_IMAGE, PAGE_FLAGS
+from ksmdist.settings import Eligible, Settings
+from ksmdist.tables import CLASSES, KINDS, MEMORY_IMAGE, PAGE_FLAGS
 
 from .conftest import PAGE, page
 
 CONTENTS = (bytes(PAGE), b"\x6b" * PAGE, bytes(PAGE - 1) + b"\1", page(1), page(2))
 NAMES = ("a", "b")
+NO_REGIONS = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,12 @@ def test_stages_equal_a_dict(eligible: Eligible, images: list[list[Row]], cut: i
     by_class: Counter[str] = Counter()
     for image, rows in enumerate(images):
         for first, some in ((0, rows[:cut]), (cut, rows[cut:])):
-            found = classes.classify(digests.digest_pages(batch(some, first), PAGE), image, eligible, PAGE)
+            found = classes.classify(
+                digests.digest_pages(batch(some, first), PAGE), image, Settings(eligible=eligible), NO_REGIONS
+            )
             by_class.update(dict(zip(CLASSES, found.classes.tolist(), strict=True)))
             parts.append(tree.split(classes.combine([found.content]), ranges))
-    merged = [tree.merge([part[number] for part in parts], NAMES) for number in range(ranges)]
+    merged = [tree.merge([part[number] for part in parts], NAMES, ("", "")) for number in range(ranges)]
 
     expected: Counter[str] = Counter()
     places: dict[int, list[tuple[str, int, int]]] = {}
@@ -107,13 +111,14 @@ def test_stages_equal_a_dict(eligible: Eligible, images: list[list[Row]], cut: i
         if len(where) > 1
     }
     kinds = ("zero", "same_filled", "other", "other", "other")
-    spectrum: Counter[tuple[int | None, str, int]] = Counter()
+    spectrum: Counter[tuple[int, str, int]] = Counter()
     for content, where in places.items():
-        spectrum[(None, kinds[content], len(where))] += 1
+        spectrum[(tree.ALL_NODES, kinds[content], len(where))] += 1
         for node, copies in Counter(node for _, _, node in where).items():
             spectrum[(node, kinds[content], copies)] += 1
-    rows = tree.add_spectra([part.spectrum for part in merged]).to_pylist()
-    assert {(row["numa_node"], row["kind"], row["copies"]): row["contents"] for row in rows} == spectrum
+    table = tree.add_rows([part.spectrum for part in merged])
+    assert {(node, KINDS[kind], copies): n for node, kind, copies, _, n in table.tolist()} == spectrum
+    assert (table[:, 2] == table[:, 3]).all()  # no frames known: each copy has its own
     shares: Counter[tuple[str, str]] = Counter()
     for content, where in places.items():
         held = Counter(name for name, _, _ in where)

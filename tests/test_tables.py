@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 import ksmdist
-from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS, TABLES, Table, render
+from ksmdist.schema import Table, render
+from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS, TABLES
 
 from .conftest import ZERO, MakeImage, page
 

@@ -1,0 +1,188 @@
+"""A finished run, for people: the answer first, then the counts behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = [
+    "console",
+    "counter_table",
+    "format_bytes",
+    "headline",
+    "knobs",
+    "process_table",
+    "render",
+    "table",
+    "zero_line",
+]
+
+MAX_ROWS = 20
+"""Rows of a table that grows with the input; the rest is in the run directory."""
+
+
+def format_bytes(nbytes: float) -> str:
+    """Bytes in the largest binary unit that keeps it at one or more, with its sign."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if abs(value) < 1024 or unit == "PiB":
+            break
+        value /= 1024
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def percent(part: int, whole: int) -> str:
+    """A share with one decimal, `-` of nothing."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def console(out: TextIO) -> Console:
+    """A rich console on a stream; 100 columns where it is no terminal, so that output is stable."""
+    from rich.console import Console
+
+    return Console(file=out, width=None if out.isatty() else 100, highlight=False, markup=False)
+
+
+def table(title: str | None = None, header: bool = True) -> Table:
+    """An empty table in the one style."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", show_header=header, pad_edge=False)
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """The answer in one sentence: what KSM would save, and how much of it is the zero page."""
+    pages, merges = summary["pages"], summary["merges"]
+    total = pages["total"] * summary["settings"]["page_size"]
+    merged = merges["zero"] + merges["content"]
+    if not merged:
+        return f"KSM would save nothing of these {format_bytes(total)}: no two eligible pages are the same."
+    return (
+        f"KSM would save {format_bytes(merges['saved_bytes'])} of {format_bytes(total)} "
+        f"({percent(merges['saved_bytes'], total)}); "
+        f"{percent(merges['zero'], merged)} of the merged pages are zero pages."
+    )
+
+
+def zero_line(merges: Mapping[str, Any], fault: int) -> str:
+    """Zero pages that KSM merges or places, those of read faults apart."""
+    merged = merges["zero"] + merges["content"]
+    line = (
+        f"zero pages: KSM merges or places {merges['zero']:,}, {percent(merges['zero'], merged)} of all it merges; "
+        f"read faults placed {fault:,} more, which cost nothing"
+    )
+    if merges["thp_zero"]:
+        line += f"; {merges['thp_zero']:,} go there as KSM splits huge pages, and are in no counter"
+    return line
+
+
+def knobs(settings: Mapping[str, Any]) -> str:
+    """The settings of KSM in one line, those that were left alone apart."""
+    limit = settings["max_page_sharing"]
+    parts = [
+        f"use_zero_pages={int(settings['use_zero_pages'])}",
+        f"max_page_sharing={'unlimited' if limit is None else limit}",
+        f"merge_across_nodes={int(settings['merge_across_nodes'])}",
+        f"eligible={settings['eligible']}",
+        f"kernel={settings['kernel']}",
+    ]
+    if settings["full_scans"] is not None:
+        parts += [f"full_scans={settings['full_scans']}", f"smart_scan={int(settings['smart_scan'])}"]
+    if settings["zero_page_colors"] != 1:
+        parts.append(f"zero_page_colors={settings['zero_page_colors']}")
+    return ", ".join(parts)
+
+
+def counter_table(result: Mapping[str, Any]) -> Table:
+    """The kernel's counters, and what is behind them. result: as counters.summary() gives it."""
+    right = table("kernel counters", header=False)
+    right.add_column()
+    right.add_column(justify="right")
+    for name, value in result["counters"].items():
+        if value is not None:
+            right.add_row(name, f"{value:,}")
+    merges, physical = result["merges"], result["physical"]
+    right.add_row("merged zero pages", f"{merges['zero']:,}")
+    right.add_row("merged other pages", f"{merges['content']:,}")
+    if physical["profit"] is not None:
+        right.add_row("frames really freed", f"{physical['frames_saved']:,}")
+        right.add_row("physical profit", f"{physical['profit']:,}")
+    return right
+
+
+def process_table(processes: Sequence[Mapping[str, Any]]) -> Table:
+    """What /proc/PID/ksm_stat would show, a row an image."""
+    names = ("ksm_rmap_items", "ksm_zero_pages", "ksm_merging_pages", "ksm_process_profit")
+    shown = table()
+    shown.add_column("image", overflow="fold")
+    for name in names:
+        shown.add_column(name, justify="right")
+    for row in processes[:MAX_ROWS]:
+        shown.add_row(row["image_id"], *("-" if row[name] is None else f"{row[name]:,}" for name in names))
+    return shown
+
+
+def render(
+    summary: Mapping[str, Any],
+    images: pa.Table,
+    processes: Sequence[Mapping[str, Any]],
+    caveats: tuple[str, ...],
+    out: TextIO,
+) -> None:
+    """Print a run: `summary` as `--json` gives it, table `images`, the rows of table `ksm_stat`."""
+    from rich.table import Table
+
+    to = console(out)
+    pages, settings = summary["pages"], summary["settings"]
+    to.print(headline(summary))
+    to.print()
+    left = table("pages", header=False)
+    left.add_column()
+    left.add_column(justify="right")
+    left.add_column(justify="right")
+    left.add_row("present", f"{pages['total']:,}", "100.0 %")
+    for name in list(pages)[2:]:
+        if pages[name] or name in ("zero", "duplicate", "unique"):
+            left.add_row(f"  {name}", f"{pages[name]:,}", percent(pages[name], pages["total"]))
+    left.add_row("absent", f"{pages['absent']:,}", "")
+    contents = summary["contents"]
+    left.add_row("non-zero contents", f"{contents['distinct']:,}", "")
+    left.add_row("  with 2 copies or more", f"{contents['shared']:,}", "")
+    left.add_row("  most copies", f"{contents['max_copies']:,}", "")
+    left.add_row("same-filled pages", f"{summary['kinds']['same_filled']:,}", "")
+    both = Table.grid(padding=(0, 4))
+    both.add_row(left, counter_table(summary))
+    to.print(both)
+    to.print(zero_line(summary["merges"], pages["zero_mapped_fault"]))
+    to.print(f"settings: {knobs(settings)}")
+
+    if len(images) > 1:
+        shown = table()
+        shown.add_column("image", overflow="fold")
+        for heading in ("pages", "zero", "duplicate", "unique", "shared within", "with others"):
+            shown.add_column(heading, justify="right")
+        for row in images.slice(0, MAX_ROWS).to_pylist():
+            names = ("total", "zero", "duplicate", "unique", "shared_within", "shared_with_others")
+            shown.add_row(row["image_id"], *(f"{row[name]:,}" for name in names))
+        to.print(shown)
+    if "process" in images.column("kind").to_pylist():
+        to.print(process_table(processes))
+    if len(images) > MAX_ROWS:
+        to.print(f"... and {len(images) - MAX_ROWS:,} images more, in images.parquet and ksm_stat.parquet")
+    for caveat in caveats[:MAX_ROWS]:
+        to.print(f"note: {caveat}")
+    holes = summary["holes"]
+    if holes["pages"]:
+        to.print(
+            f"INCOMPLETE: {holes['pages']:,} pages in {holes['ranges']:,} ranges could not be read and are not "
+            "counted; holes.parquet lists them"
+        )
+    to.print(f"engine: {summary['engine']} ({summary['engine_why']})")
+    to.print(f"run directory: {summary['run']}")
