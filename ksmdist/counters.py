@@ -9,7 +9,7 @@ shares, and the zero content, is followed by ksmd.settle().
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -17,9 +17,8 @@ import pyarrow as pa
 
 from ksmdist.groups import count_rows
 from ksmdist.ksmd import OWN_FRAMES, Settled, Stretch, is_processed, processed_scans, settle
-from ksmdist.mappings import PATTERN_COLUMNS
 from ksmdist.settings import Settings
-from ksmdist.sharing import Sharing
+from ksmdist.sharing import Followed, Sharing
 from ksmdist.tables import COUNTERS, KINDS, KSM_STAT
 from ksmdist.tree import ALL_NODES
 
@@ -137,8 +136,8 @@ def predict(sharing: Sharing, settings: Settings) -> Prediction:
     assert isinstance(candidates, np.ndarray)
     tally = _Tally(images)
     _closed(sharing, settings, tally)
-    for contents, kind, stretches in _classes(sharing, not settings.merge_across_nodes):
-        _followed(contents, kind, stretches, settings, tally)
+    for followed in sharing.followed if settings.merge_across_nodes else sharing.followed_by_node:
+        _follow(followed, settings, tally)
 
     scans_done = settings.full_scans
     tally.volatile += int(volatile.sum())
@@ -197,9 +196,9 @@ def predict(sharing: Sharing, settings: Settings) -> Prediction:
 
 def _closed(sharing: Sharing, settings: Settings, tally: _Tally) -> None:
     """Contents other than zero in frames of their own: section 2.1 of the rules, by arithmetic."""
-    spectrum = _rows(sharing.spectrum, settings)
-    spectrum = spectrum[(spectrum[:, 1] != _ZERO) & (spectrum[:, 2] == spectrum[:, 3])]
-    copies, contents = spectrum[:, 2], spectrum[:, 4]
+    table = _rows(sharing.image_spectrum, settings)
+    last = table[table[:, 3] + table[:, 4] == table[:, 2]]  # a row a content: of the image that has its last copy
+    copies, contents = last[:, 2], last[:, 6]
     scans = settings.full_scans
     if scans == 1:  # the first visit records a checksum, no more
         tally.volatile += int((copies * contents).sum())
@@ -219,7 +218,7 @@ def _closed(sharing: Sharing, settings: Settings, tally: _Tally) -> None:
     tally.scans = 2 if len(copies) else tally.scans
     _wait(lone, settings, tally)
 
-    image, copies, before, here, region, contents = _rows(sharing.image_spectrum, settings).T[1:]
+    image, copies, before, here, region, contents = table.T[1:]
     ends = before + here
     waits = (ends == copies) & (copies % limit == 1)
     merged = copies - (copies % limit == 1)
@@ -247,17 +246,15 @@ def _wait(lone: int, settings: Settings, tally: _Tally) -> None:
         tally.volatile += lone
 
 
-def _followed(
-    contents: int, kind: int, stretches: list[tuple[Stretch, bool]], settings: Settings, tally: _Tally
-) -> None:
-    """`contents` contents with these mappings (and whether they are zeros in a huge page)."""
-    scans = settings.full_scans
-    rows = [stretch for stretch, _ in stretches]
-    if kind == _ZERO and scans != 1 and _splits(stretches, settings):
-        for stretch, huge in stretches:
-            tally.dropped[stretch.image] += contents * stretch.pages * huge
-        rows = [stretch for stretch, huge in stretches if not huge]
+def _follow(followed: Followed, settings: Settings, tally: _Tally) -> None:
+    """Contents whose mappings are alike, by the kernel's procedure."""
+    contents, kind, rows, scans = followed.contents, followed.kind, followed.stretches, settings.full_scans
+    if kind == _ZERO and scans != 1 and _splits(followed, settings):
+        for stretch in followed.huge:
+            tally.dropped[stretch.image] += contents * stretch.pages
         tally.scans = max(tally.scans, 4)
+    else:
+        rows = followed.whole
     pages = sum(stretch.pages for stretch in rows)
     if pages == 0:
         return
@@ -301,7 +298,7 @@ def _why_left(done: Settled, pages: int) -> int:
     return _UNIQUE if pages == 1 else _FORK_TWIN
 
 
-def _splits(stretches: list[tuple[Stretch, bool]], settings: Settings) -> bool:
+def _splits(followed: Followed, settings: Settings) -> bool:
     """Whether zero pages in huge pages go to the shared zero page, the huge page being split for a merge.
 
     mm/huge_memory.c, RMP_USE_SHARED_ZEROPAGE, Linux 6.12: all zero pages of an anonymous huge page
@@ -309,27 +306,14 @@ def _splits(stretches: list[tuple[Stretch, bool]], settings: Settings) -> bool:
     """
     if settings.kernel in ("6.1", "6.6"):
         return False
-    huge = sum(stretch.pages for stretch, is_huge in stretches if is_huge)
-    pages = sum(stretch.pages for stretch, _ in stretches)
-    return huge > 0 and (settings.use_zero_pages or pages >= 2)
+    huge = bool(followed.huge)
+    pages = sum(stretch.pages for stretch in followed.whole)
+    return huge and (settings.use_zero_pages or pages >= 2)
 
 
-def _frames(rows: list[Stretch]) -> int:
+def _frames(rows: Sequence[Stretch]) -> int:
     own = sum(row.pages for row in rows if row.frame == OWN_FRAMES)
     return own + len({row.frame for row in rows if row.frame != OWN_FRAMES})
-
-
-def _classes(sharing: Sharing, by_node: bool) -> Iterable[tuple[int, int, list[tuple[Stretch, bool]]]]:
-    """(contents, kind, mappings) of each pattern; of each of its nodes where nodes are apart."""
-    image, region, node, huge, frame, pages = range(len(PATTERN_COLUMNS))
-    for pattern in sharing.patterns:
-        rows = pattern.rows
-        for number in np.unique(rows[:, node]).tolist() if by_node else [None]:
-            some = rows if number is None else rows[rows[:, node] == number]
-            stretches = [
-                (Stretch(row[image], row[region], row[frame], row[pages]), bool(row[huge])) for row in some.tolist()
-            ]
-            yield pattern.contents, pattern.kind, stretches
 
 
 def _rows(table: np.ndarray, settings: Settings) -> np.ndarray:

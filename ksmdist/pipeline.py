@@ -268,6 +268,7 @@ def run(
         for name, table in written.items():
             store.write_table(table, TABLES[name], directory)
         summary = _summary(sharing, holes_table, prediction, settings) | {
+            "zero_colors": written[ZERO_COLORS.name].to_pylist(),
             "engine": choice.name,
             "engine_why": choice.why,
             "run": os.fspath(out),

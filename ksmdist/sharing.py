@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ksmdist.columns import arrow, joined, present, strings, values
+from ksmdist.ksmd import Stretch
 from ksmdist.mappings import PATTERN_COLUMNS, Patterns, pattern_rows
 from ksmdist.tables import IMAGE_SPECTRUM, IMAGES, KINDS, MAPPINGS, SPECTRUM
 from ksmdist.tree import ALL_NODES
 
-__all__ = ["Pattern", "Sharing"]
+__all__ = ["Followed", "Pattern", "Sharing"]
+
+_IMAGE, _REGION, _NODE, _HUGE, _FRAME, _PAGES = range(len(PATTERN_COLUMNS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,20 @@ class Pattern:
 
 
 @dataclass(frozen=True, slots=True)
+class Followed:
+    """Contents that the procedure of ksmd.py is followed for: how many alike, and their mappings in scan order.
+
+    stretches: without zero pages in huge pages; whole: with them; huge: those alone
+    """
+
+    contents: int
+    kind: int
+    stretches: tuple[Stretch, ...]
+    whole: tuple[Stretch, ...]
+    huge: tuple[Stretch, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Sharing:
     """What the images of a run share.
 
@@ -98,6 +116,28 @@ class Sharing:
             MAPPINGS.name: self._table(MAPPINGS.schema, [mappings[name] for name in MAPPINGS.schema.names]),
         }
 
+    @cached_property
+    def followed(self) -> tuple[Followed, ...]:
+        """The patterns, for merge_across_nodes on."""
+        return tuple(_followed(pattern, pattern.rows) for pattern in self.patterns)
+
+    @cached_property
+    def followed_by_node(self) -> tuple[Followed, ...]:
+        """The patterns on each of their nodes, for merge_across_nodes off."""
+        if self.one_node:
+            return self.followed
+        nodes = [(pattern, pattern.rows[:, _NODE]) for pattern in self.patterns]
+        return tuple(
+            _followed(pattern, pattern.rows[node == number])
+            for pattern, node in nodes
+            for number in np.unique(node).tolist()
+        )
+
+    @property
+    def one_node(self) -> bool:
+        """Whether all pages are on one NUMA node, and merge_across_nodes changes nothing."""
+        return len(np.unique(self.spectrum[:, 0])) <= 2
+
     def of_images(self, column: str) -> np.ndarray:
         """A column of the images table, int64, by image."""
         return np.asarray(joined([self.images], column), np.int64)
@@ -117,6 +157,18 @@ class Sharing:
                 typed = column.astype(field.type.to_pandas_dtype())
                 arrays.append(arrow(typed, null=(column == -1) if field.nullable else None))
         return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _followed(pattern: Pattern, rows: np.ndarray) -> Followed:
+    marked = [(Stretch(row[_IMAGE], row[_REGION], row[_FRAME], row[_PAGES]), bool(row[_HUGE])) for row in rows.tolist()]
+    whole = tuple(stretch for stretch, _ in marked)
+    return Followed(
+        pattern.contents,
+        pattern.kind,
+        tuple(stretch for stretch, huge in marked if not huge),
+        whole,
+        tuple(stretch for stretch, huge in marked if huge),
+    )
 
 
 def _matrix(table: pa.Table, names: Sequence[str], regions: Mapping[Any, int], kinds: Mapping[str, int]) -> np.ndarray:

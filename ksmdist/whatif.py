@@ -41,13 +41,12 @@ def grid(sharing: Sharing, settings: Settings) -> pa.Table:
         names = ["all_zero_mappings", "pte_dirty", "rmap_tracked", "untracked"] if use_zero_pages else ["stable_tree"]
         predicted = {}
         for limit in limits:
-            for across in (False, True):
-                knobs = replace(
-                    settings, use_zero_pages=use_zero_pages, max_page_sharing=limit, merge_across_nodes=across
-                )
-                predicted[limit, across] = (knobs, predict(sharing, knobs))
+            knobs = replace(settings, use_zero_pages=use_zero_pages, max_page_sharing=limit, merge_across_nodes=True)
+            apart = replace(knobs, merge_across_nodes=False)
+            predicted[knobs] = predict(sharing, knobs)
+            predicted[apart] = predicted[knobs] if sharing.one_node else predict(sharing, apart)
         for name in names:
-            for knobs, prediction in predicted.values():
+            for knobs, prediction in predicted.items():
                 row = _account(name, prediction, knobs, fault)
                 rows.append(row | {"present": name == accounting_of(settings) and knobs == settings})
     return pa.Table.from_pylist(rows, schema=WHATIF.schema)
@@ -98,9 +97,9 @@ def present(rows: Sequence[Row]) -> Row:
 
 
 def best(rows: Sequence[Row], settings: Settings) -> Row:
-    """The row of most profit among those that the kernel of these settings can have; of equals the nearest to the run's.
+    """The row of most profit among those that the kernel of these settings can have.
 
-    Profit is physical where frames are known.
+    Of equals the nearest to the run's own. Profit is physical where frames are known.
     """
     possible = [
         row

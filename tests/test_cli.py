@@ -126,6 +126,57 @@ def test_demo_looks_real_and_can_be_repeated(tmp_path: Path) -> None:
     assert summary["merges"]["content"] > 2500
 
 
+@pytest.fixture
+def two_runs(make_raw: MakeImage, tmp_path: Path) -> Path:
+    pages = [ZERO] * 6 + [page(1)] * 5 + [page(2), None]
+    done = ksmdist("run", make_raw("a.raw", pages), make_raw("b.raw", [ZERO, page(1)]), "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "run"
+
+
+def test_whatif_names_the_best_and_asks_no_image(two_runs: Path) -> None:
+    for image in two_runs.parent.glob("*.raw"):
+        image.unlink()
+    done = ksmdist("whatif", two_runs)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Best: use_zero_pages=1, max_page_sharing=256, merge_across_nodes=1: ")
+    for said in ("more than now", "* the present setting", "rmap_tracked", "given back by unmerging", "read faults"):
+        assert said in done.stdout, said
+    told = json.loads(ksmdist("whatif", two_runs, "--json").stdout)
+    assert len(told["grid"]) == 70
+    assert told["best"]["use_zero_pages"]
+    assert told["present"]["general_profit"] == told["counters"]["general_profit"]
+
+
+def test_whatif_for_one_setting(two_runs: Path) -> None:
+    asked = ["--use-zero-pages", "--max-page-sharing", "unlimited", "--full-scans", "5", "--smart-scan"]
+    told = json.loads(ksmdist("whatif", two_runs, *asked, "--json").stdout)
+    assert told["settings"]["max_page_sharing"] is None
+    assert (told["counters"]["ksm_zero_pages"], told["counters"]["pages_skipped"]) == (7, 1)
+    assert [row["image_id"] for row in told["processes"]] == ["a", "b"]
+    shown = ksmdist("whatif", two_runs, *asked, "--pages-to-scan", "0").stdout
+    assert "max_page_sharing=unlimited" in shown
+    assert "never, as pages_to_scan is 0" in shown
+    assert ksmdist("whatif", two_runs, "--max-page-sharing", "many").returncode == 2
+    assert ksmdist("whatif", two_runs, "--kernel", "5.4").returncode == 2
+    assert ksmdist("whatif", two_runs.parent).returncode == 11
+
+
+def test_explain_and_unmerge(two_runs: Path) -> None:
+    shown = ksmdist("explain", two_runs).stdout
+    assert shown.startswith("13 of 15 pages of address space are merged (86.7 %).")
+    assert "no other page has its content" in shown
+    one = json.loads(ksmdist("explain", two_runs, "--image", "b", "--region", "-", "--json").stdout)
+    assert one["explain"] == [{"image_id": "b", "region": None, "reason": "merged", "pages": 2}]
+    assert ksmdist("explain", two_runs, "--region", "[heap]").returncode == 2
+    assert ksmdist("explain", two_runs, "--image", "c").returncode == 2
+    shown = ksmdist("unmerge", two_runs, "--use-zero-pages").stdout
+    assert shown.startswith("Unmerging everything (run=2) needs 12 frames, 48.0 KiB, for 13 pages.")
+    shown = ksmdist("unmerge", two_runs, "--use-zero-pages", "--kernel", "6.1", "--image", "b").stdout
+    assert "Unmerging b (MADV_UNMERGEABLE) needs 1 frames" in shown
+    assert "1 pages stay on the shared zero page" in shown
+
+
 def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import sys, ksmdist.pipeline as p, ksmdist.cli as c\n"

@@ -161,6 +161,13 @@ def render(
     both.add_row(left, counter_table(summary))
     to.print(both)
     to.print(zero_line(summary["merges"], pages["zero_mapped_fault"]))
+    if settings["zero_page_colors"] > 1:
+        most = max(summary["zero_colors"], key=lambda row: row["zero"])
+        used = sum(row["zero"] + row["zero_mapped_fault"] > 0 for row in summary["zero_colors"])
+        to.print(
+            f"colours: the pages choose {used:,} of {settings['zero_page_colors']:,} zero pages by address, "
+            f"{most['zero']:,} of them number {most['color']}"
+        )
     to.print(f"settings: {knobs(settings)}")
 
     if len(images) > 1:
