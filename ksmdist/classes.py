@@ -182,14 +182,14 @@ class _Rows:
         return _Rows(
             digest,
             self.image[at],
-            self.node[at],
-            self.eligible[at],
-            self.huge[at],
+            _taken(self.node, at),
+            _taken(self.eligible, at),
+            _taken(self.huge, at),
             self.pages[at],
             self.address[at],
-            self.region[at],
-            self.frame[at],
-            self.framed[at],
+            _taken(self.region, at),
+            _taken(self.frame, at),
+            _taken(self.framed, at),
             self.word[at],
             self.filled[at],
         )
@@ -210,6 +210,11 @@ class _Rows:
         ]
         nullable = [arrow(self.frame, null=~self.framed), arrow(self.word, null=~self.filled)]
         return pa.Table.from_arrays([*map(arrow, columns), *nullable], schema=SHARD_CONTENT.schema)
+
+
+def _taken(column: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """column[at], for no more rows than it has; without gathering where all its values are one, as they mostly are."""
+    return column[: len(at)] if len(at) and (column == column[0]).all() else column[at]
 
 
 def _zero_rows(

@@ -12,6 +12,8 @@ import numpy as np
 
 __all__ = ["count_rows", "group_any", "group_min", "group_starts", "group_sum", "order_by"]
 
+_COUNTED_BITS = 20  # keys up to here are counted, not sorted: 8 MiB of counters at the most
+
 
 def order_by(first: np.ndarray, *rest: np.ndarray) -> np.ndarray:
     """intp[n], stable: the order by (first, *rest). first: uint64[n], spread evenly (a part of a digest).
@@ -89,14 +91,16 @@ def count_rows(columns: Sequence[np.ndarray], weight: np.ndarray | None = None) 
     key = np.zeros(len(wide[0]), np.int64)
     for column, least, bits in zip(wide, low, width, strict=True):
         key = (key << bits) | (column - least)
-    if weight is None:
-        key.sort()
+    if weight is None and sum(width) <= _COUNTED_BITS:
+        sums = np.bincount(key)
+        key = np.flatnonzero(sums)
+        sums = sums[key]
     else:
         order = np.argsort(key, kind="stable")
-        key, weight = key[order], weight[order]
-    starts = group_starts(key)
-    sums = np.diff(starts, append=len(key)) if weight is None else group_sum(weight, starts)
-    key = key[starts]
+        key = key[order]
+        starts = group_starts(key)
+        sums = np.diff(starts, append=len(key)) if weight is None else group_sum(weight[order], starts)
+        key = key[starts]
     distinct = []
     for least, bits in zip(low[::-1], width[::-1], strict=True):
         distinct.append((key & ((1 << bits) - 1)) + least)

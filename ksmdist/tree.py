@@ -21,6 +21,7 @@ from ksmdist.tables import KINDS, STABLE_TREE
 __all__ = ["ALL_NODES", "RangeTree", "add_rows", "merge", "split"]
 
 _ZERO, _SAME_FILLED, _OTHER = range(len(KINDS))
+_MANY = 255  # copies
 
 ALL_NODES = -1
 """numa_node of rows that count a content over all nodes; below every node's number."""
@@ -163,17 +164,19 @@ def _spectra(rows: _Rows, shared: np.ndarray, kind: np.ndarray, ordered: np.ndar
     one_node = bool((rows.node == rows.node[0]).all())
     spectra, by_image = [], []
     for node in [ALL_NODES] if one_node else [ALL_NODES, *np.unique(rows.node).tolist()]:
-        at = np.flatnonzero((rows.node == node) if node != ALL_NODES else np.ones(len(rows.node), bool))
-        content, pages = rows.content[at], rows.pages[at]
+        at = np.arange(len(rows.node)) if node == ALL_NODES else np.flatnonzero(rows.node == node)
+        content, pages = (rows.content, rows.pages) if node == ALL_NODES else (rows.content[at], rows.pages[at])
         starts = group_starts(content)
         copies, which = group_sum(pages, starts), content[starts]
         frames = _frames(copies, starts, shared[at])
-        spectra.append(_table(node, *count_rows([kind[which], copies, frames])))
+        few = ordered[which] | (copies > _MANY)
+        for some in (~few, few):  # apart, the many small numbers are counted without a sort
+            spectra.append(_table(node, *count_rows([kind[which][some], copies[some], frames[some]])))
         by_image.append(_image_rows(node, rows, at[~ordered[content]], not one_node))
     if one_node:
         node = int(rows.node[0])
-        spectra.append(_with_node(spectra[0], node))
-        by_image.append(_with_node(by_image[0], node))
+        spectra += [_with_node(table, node) for table in spectra]
+        by_image += [_with_node(table, node) for table in by_image]
     return np.concatenate(spectra), np.concatenate(by_image)
 
 
@@ -193,6 +196,19 @@ def _image_rows(node: int, rows: _Rows, at: np.ndarray, mixed: bool) -> np.ndarr
         return np.zeros((0, 7), np.int64)
     if mixed:
         at = at[np.lexsort((rows.address[at], rows.image[at], rows.content[at]))]
+    content = rows.content[at]
+    new = np.append(np.diff(content) != 0, True)
+    lone = new & np.append(True, new[:-1])  # a content's one row
+    single = at[lone & (rows.pages[at] == 1)]
+    ones = np.ones(len(single), np.int64)
+    unique = [rows.image[single], ones, ones - 1, ones, rows.region[single]]
+    rest = at[~(lone & (rows.pages[at] == 1))]
+    tables = [count_rows(unique), count_rows(_places(rows, rest)) if len(rest) else count_rows([ones[:0]] * 5)]
+    return np.concatenate([_table(node, *counted) for counted in tables])
+
+
+def _places(rows: _Rows, at: np.ndarray) -> list[np.ndarray]:
+    """image, copies, before, here, region or -1, for each content and image that rows `at` are of."""
     content, image, pages, region = rows.content[at], rows.image[at], rows.pages[at], rows.region[at]
     pairs = group_starts(content, image)
     starts = group_starts(content)
@@ -203,8 +219,7 @@ def _image_rows(node: int, rows: _Rows, at: np.ndarray, mixed: bool) -> np.ndarr
     copies = np.repeat(group_sum(pages, starts), length)
     running = np.cumsum(here) - here
     before = running - np.repeat(running[first_pair], length)
-    where = np.where(before + here == copies, region[last], -1)
-    return _table(node, *count_rows([image[pairs], copies, before, here, where]))
+    return [image[pairs], copies, before, here, np.where(before + here == copies, region[last], -1)]
 
 
 def _table(node: int, columns: Sequence[np.ndarray], counts: np.ndarray) -> np.ndarray:
