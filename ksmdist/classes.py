@@ -83,10 +83,14 @@ def classify(page: pa.RecordBatch, image: int, settings: Settings, regions: np.n
     by_region = np.bincount(row * len(REASONS) + reason, minlength=(len(regions) + 1) * len(REASONS))
     numbers = np.append(regions, np.int32(-1))[row]
 
+    thp = np.zeros(len(flags), np.int64)
+    if huge.any():
+        size = settings.page_size * (settings.page_size // 8)  # a page of page table entries maps it: PMD_SIZE
+        thp = np.where(huge, address // np.uint64(size) + np.uint64(1), 0).astype(np.int64)
     # A page that KSM mapped to the zero page was a zero page with a frame of its own before.
     zeros = zero | (may & by_ksm)
     framed = present(page.column("frame")) & has_bytes
-    first, last, count = _zero_rows(zeros, may, node, huge, framed)
+    first, last, count = _zero_rows(zeros, may, node, thp, framed)
     other = np.flatnonzero(has_bytes & ~zero)
     n = len(first)
     at = np.concatenate((first, other))
@@ -97,7 +101,7 @@ def classify(page: pa.RecordBatch, image: int, settings: Settings, regions: np.n
         image=np.full(n + len(other), image, np.int32),
         node=node[at],
         eligible=may[at],
-        huge=np.concatenate((huge[first], np.zeros(len(other), bool))),
+        huge=np.concatenate((thp[first], np.zeros(len(other), np.int64))),
         pages=np.concatenate((count, np.ones(len(other), np.int64))),
         address=address[at],
         region=numbers[np.concatenate((last, other))],
@@ -218,17 +222,16 @@ def _taken(column: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def _zero_rows(
-    zero: np.ndarray, may: np.ndarray, node: np.ndarray, huge: np.ndarray, framed: np.ndarray
+    zero: np.ndarray, may: np.ndarray, node: np.ndarray, thp: np.ndarray, framed: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Zero pages by (node, eligible, huge): first and last row of each, and pages; one by one if any has a frame."""
+    """Zero pages by (node, eligible, huge page): first row, last row, pages; one by one if any has a frame."""
     at = np.flatnonzero(zero)
-    if framed[at].any():
+    if len(at) == 0 or framed[at].any():
         return at, at, np.ones(len(at), np.int64)
-    low = int(node.min(initial=0))
-    key = (node[at].astype(np.intp) - low) * 4 + may[at] * 2 + huge[at]
-    pages = np.bincount(key)
-    first, last = np.zeros(len(pages), np.intp), np.zeros(len(pages), np.intp)
-    first[key[::-1]] = at[::-1]  # the last that is written stays: the first row
-    last[key] = at
-    kept = np.flatnonzero(pages)
-    return first[kept], last[kept], pages[kept]
+    columns = [column[at] for column in (node, may, thp)]
+    if any(bool((column != column[0]).any()) for column in columns):
+        order = np.lexsort((at, *reversed(columns)))
+        at, columns = at[order], [column[order] for column in columns]
+    starts = group_starts(*columns)
+    ends = np.append(starts[1:], len(at))
+    return at[starts], at[ends - 1], ends - starts

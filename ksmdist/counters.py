@@ -83,6 +83,8 @@ class Prediction:
     """Counters for some settings.
 
     rmap_items, zero_pages, merging_pages, nodes_within, thp_zero_pages: int64 by image, as in table ksm_stat
+    splits_huge_pages: whether this kernel frees the zero pages of huge pages that it splits
+    thp_kept:       zero pages of huge pages that stay whole all the same
     left:           int64[n, 4]: image, region or -1, reason (an index of LEFT), pages that are not merged
     scans:          full scans after which nothing changes, from the start
     candidates:     pages that each of the first scans visits
@@ -95,6 +97,8 @@ class Prediction:
     merging_pages: np.ndarray
     nodes_within: np.ndarray
     thp_zero_pages: np.ndarray
+    thp_kept: tuple[Stretch, ...]
+    splits_huge_pages: bool
     left: np.ndarray
     scans: int
     candidates: int
@@ -123,6 +127,7 @@ class _Tally:
     zero_pages: np.ndarray = field(init=False)
     dropped: np.ndarray = field(init=False)
     left: list[np.ndarray] = field(default_factory=list)
+    kept: list[Stretch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.merging, self.within, self.zero_pages, self.dropped = (np.zeros(self.images, np.int64) for _ in range(4))
@@ -187,6 +192,8 @@ def predict(sharing: Sharing, settings: Settings) -> Prediction:
         merging_pages=tally.merging,
         nodes_within=tally.within,
         thp_zero_pages=tally.dropped,
+        thp_kept=tuple(tally.kept),
+        splits_huge_pages=_frees_zero_pages(settings),
         left=left,
         scans=tally.scans,
         candidates=total,
@@ -248,13 +255,16 @@ def _wait(lone: int, settings: Settings, tally: _Tally) -> None:
 
 def _follow(followed: Followed, settings: Settings, tally: _Tally) -> None:
     """Contents whose mappings are alike, by the kernel's procedure."""
-    contents, kind, rows, scans = followed.contents, followed.kind, followed.stretches, settings.full_scans
-    if kind == _ZERO and scans != 1 and _splits(followed, settings):
-        for stretch in followed.huge:
+    contents, kind, rows, scans = followed.contents, followed.kind, followed.whole, settings.full_scans
+    if len(followed.stretches) < len(rows) and _frees_zero_pages(settings):
+        rows = _unsplit(followed, settings)
+        for stretch in followed.whole:
             tally.dropped[stretch.image] += contents * stretch.pages
+        for stretch in rows:
+            tally.dropped[stretch.image] -= contents * stretch.pages
+        if not followed.stretches:
+            tally.kept += rows
         tally.scans = max(tally.scans, 4)
-    else:
-        rows = followed.whole
     pages = sum(stretch.pages for stretch in rows)
     if pages == 0:
         return
@@ -298,17 +308,24 @@ def _why_left(done: Settled, pages: int) -> int:
     return _UNIQUE if pages == 1 else _FORK_TWIN
 
 
-def _splits(followed: Followed, settings: Settings) -> bool:
-    """Whether zero pages in huge pages go to the shared zero page, the huge page being split for a merge.
+def _frees_zero_pages(settings: Settings) -> bool:
+    return settings.full_scans != 1 and settings.kernel not in ("6.1", "6.6")
 
-    mm/huge_memory.c, RMP_USE_SHARED_ZEROPAGE, Linux 6.12: all zero pages of an anonymous huge page
-    that is split do, unless it is locked.
+
+def _unsplit(followed: Followed, settings: Settings) -> tuple[Stretch, ...]:
+    """The zero pages left once KSM has split the huge pages that have any.
+
+    mm/huge_memory.c, RMP_USE_SHARED_ZEROPAGE, Linux 6.12: splitting an anonymous huge page maps its
+    zero pages to the shared zero page, unless it is locked. Two zero pages in one split it; one is
+    split as it meets a zero page outside, or the zero page of a huge page that came before. So where
+    there is none outside, the first huge page with one zero page stays whole (measured on 6.18).
     """
-    if settings.kernel in ("6.1", "6.6"):
-        return False
-    huge = bool(followed.huge)
-    pages = sum(stretch.pages for stretch in followed.whole)
-    return huge and (settings.use_zero_pages or pages >= 2)
+    if followed.stretches or settings.use_zero_pages or not followed.lone_huge:
+        return followed.stretches
+    first = followed.lone_huge[0]
+    if first.frame == OWN_FRAMES:
+        return (first._replace(pages=1),)
+    return tuple(stretch for stretch in followed.whole if stretch.frame == first.frame)
 
 
 def _frames(rows: Sequence[Stretch]) -> int:

@@ -48,17 +48,16 @@ _FROM_REGIONS = {
 
 
 def explain(sharing: Sharing, regions: pa.Table, prediction: Prediction) -> pa.Table:
-    """The `explain` table: every page of the address space once, from table `regions` and a converged prediction.
-
-    Where NUMA nodes are apart and an image's zero pages in huge pages are freed on one and not on
-    another, they count as candidates.
-    """
+    """The `explain` table: every page of the address space once, from table `regions` and a converged prediction."""
     ids = sharing.images.column("image_id").to_pylist()
     left: dict[tuple[int, str | None], Counter[str]] = {}
     for image, region, reason, pages in prediction.left.tolist():
         name = sharing.region_names[region] if region >= 0 else None
         left.setdefault((image, name), Counter())[LEFT[reason]] += pages
-    split = (prediction.thp_zero_pages > 0).tolist()
+    kept: Counter[tuple[int, str | None]] = Counter()
+    for stretch in prediction.thp_kept:
+        kept[stretch.image, sharing.region_names[stretch.region] if stretch.region >= 0 else None] += stretch.pages
+    splits = prediction.splits_huge_pages
     counts: Counter[tuple[str, str | None, str]] = Counter()
     for row in regions.to_pylist():
         image, region = row["image"], row["region"]
@@ -66,10 +65,9 @@ def explain(sharing: Sharing, regions: pa.Table, prediction: Prediction) -> pa.T
         for column, reason in _FROM_REGIONS.items():
             counts[*key, reason] += row[column]
         candidates = row["candidates"] + row["zero_mapped_ksm"]
-        if split[image]:
-            counts[*key, "thp_zero"] += row["huge_zero"]
-        else:
-            candidates += row["huge_zero"]
+        stays = kept[image, region] if splits else row["huge_zero"]
+        counts[*key, "thp_zero"] += row["huge_zero"] - stays
+        candidates += stays
         for reason, pages in left.pop((image, region), Counter()).items():
             counts[*key, reason] += pages
             candidates -= pages

@@ -52,7 +52,8 @@ def find_patterns(
 ) -> Patterns:
     """Rows of some contents -> their patterns. kind: by content; shared: as shared_frames() gives it.
 
-    Neighbours with frames of their own, of one image, are alike to KSM: those of one node are one row.
+    huge: number of the huge page of a zero page, 0 for none. Neighbours with frames of their own, of
+    one image, are alike to KSM: those of one node are one row.
     """
     if len(content) == 0:
         return {}
@@ -60,6 +61,7 @@ def find_patterns(
     content, image, region, node, huge, shared, pages = (
         column[order] for column in (content, image, region, node, huge, shared, pages)
     )
+    huge = _zeros_of_huge(content, image, huge, pages)
     joint = shared >= 0
     # Between two rows with a shared frame, in one image, only how many there are of a node counts.
     cut: np.ndarray = np.cumsum(joint) - joint
@@ -70,8 +72,20 @@ def find_patterns(
     rows = group_starts(content, cut, joint, image, node, huge)
     last = np.append(rows[1:], len(content)) - 1
     content, pages = content[rows], group_sum(pages, rows)
-    columns = [image[rows], region[last], node[rows], huge[rows].astype(np.int64), _renumber(content, shared[rows])]
+    columns = [image[rows], region[last], node[rows], huge[rows], _renumber(content, shared[rows])]
     return _count(content, kind, [*columns, pages])
+
+
+def _zeros_of_huge(content: np.ndarray, image: np.ndarray, huge: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    """int64[n]: 0 outside huge pages, 1 for the one zero page of a huge page, 2 for one of several."""
+    at = np.flatnonzero(huge)
+    kind = np.zeros(len(huge), np.int64)
+    if len(at):
+        order = at[np.lexsort((huge[at], image[at], content[at]))]
+        starts = group_starts(content[order], image[order], huge[order])
+        zeros = np.repeat(group_sum(pages[order], starts), np.diff(starts, append=len(order)))
+        kind[order] = np.where(zeros == 1, 1, 2)
+    return kind
 
 
 def _renumber(content: np.ndarray, shared: np.ndarray) -> np.ndarray:

@@ -37,14 +37,16 @@ class Pattern:
 class Followed:
     """Contents that the procedure of ksmd.py is followed for: how many alike, and their mappings in scan order.
 
-    stretches: without zero pages in huge pages; whole: with them; huge: those alone
+    whole:     all of them
+    stretches: those that are no zero pages of a huge page
+    lone_huge: those that are the only zero page of a huge page
     """
 
     contents: int
     kind: int
-    stretches: tuple[Stretch, ...]
     whole: tuple[Stretch, ...]
-    huge: tuple[Stretch, ...]
+    stretches: tuple[Stretch, ...]
+    lone_huge: tuple[Stretch, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +153,6 @@ class Sharing:
             elif field.name == "region":
                 names = np.array([*self.region_names, None], object)
                 arrays.append(pa.array(names[column].tolist(), pa.string()))
-            elif pa.types.is_boolean(field.type):
-                arrays.append(arrow(column != 0))
             else:
                 typed = column.astype(field.type.to_pandas_dtype())
                 arrays.append(arrow(typed, null=(column == -1) if field.nullable else None))
@@ -160,14 +160,14 @@ class Sharing:
 
 
 def _followed(pattern: Pattern, rows: np.ndarray) -> Followed:
-    marked = [(Stretch(row[_IMAGE], row[_REGION], row[_FRAME], row[_PAGES]), bool(row[_HUGE])) for row in rows.tolist()]
-    whole = tuple(stretch for stretch, _ in marked)
+    whole = tuple(Stretch(row[_IMAGE], row[_REGION], row[_FRAME], row[_PAGES]) for row in rows.tolist())
+    marked = list(zip(whole, rows[:, _HUGE].tolist(), strict=True))
     return Followed(
         pattern.contents,
         pattern.kind,
-        tuple(stretch for stretch, huge in marked if not huge),
         whole,
-        tuple(stretch for stretch, huge in marked if huge),
+        tuple(stretch for stretch, huge in marked if not huge),
+        tuple(stretch for stretch, huge in marked if huge == 1),
     )
 
 

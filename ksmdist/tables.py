@@ -230,7 +230,13 @@ SHARD_CONTENT = Table(
         _IMAGE,
         Column("numa_node", pa.int16(), _NODE_DOC, unit="node number"),
         Column("eligible", pa.bool_(), "whether KSM may merge these pages"),
-        Column("huge", pa.bool_(), "zero pages that are part of a transparent huge page and not locked"),
+        Column(
+            "huge",
+            pa.int64(),
+            "number of the transparent huge page, not locked, that these zero pages are part of: address / size of a "
+            "huge page, from 1; 0: of none, and for other contents",
+            unit="index",
+        ),
         _pages("pages", "pages with this content"),
         Column("first_address", pa.uint64(), "lowest address of them", unit="bytes"),
         replace(_REGION, doc="region of the last of them by address, as a place in the image's list; -1 for none"),
@@ -363,7 +369,12 @@ MAPPINGS = Table(
         _IMAGE,
         Column("region", pa.string(), "region of the last of these pages; null for none", nullable=True),
         Column("numa_node", pa.int16(), _NODE_DOC, unit="node number"),
-        Column("huge", pa.bool_(), "zero pages in a transparent huge page that is not locked"),
+        Column(
+            "huge",
+            pa.int8(),
+            "zero pages in a transparent huge page that is not locked: 1: it has no other; 2: it has; 0: all others",
+            unit="code",
+        ),
         Column(
             "frame",
             pa.int32(),

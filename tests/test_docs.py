@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     path for folder in (".", "docs", "schemas", "jobs", "benchmarks") for path in sorted((ROOT / folder).glob("*.md"))
 ]
-COMMANDS = ("run", "import", "demo", "schema")
+COMMANDS = ("run", "import", "demo", "schema", "whatif", "explain", "unmerge", "capture", "verify-kernel")
 
 
 def help_of(*command: str) -> str:
@@ -37,7 +37,7 @@ def options() -> dict[str, set[str]]:
 def test_commands_options_links_and_targets_exist(document: Path, options: dict[str, set[str]]) -> None:
     text = document.read_text()
     for command, rest in re.findall(
-        r"\bksmdist ([a-z]+)\b([^`\n#]*)", " ".join(re.findall(r"`[^`]+`|^    .*$", text, re.M))
+        r"\bksmdist ([a-z]+(?:-[a-z]+)?)\b([^`\n#]*)", " ".join(re.findall(r"`[^`]+`|^    .*$", text, re.M))
     ):
         assert command in COMMANDS, command
         assert set(re.findall(r"--[a-z][a-z-]+", rest)) <= options[command], (command, rest)

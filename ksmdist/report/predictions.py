@@ -38,12 +38,12 @@ _MEANING = {
 def render_prediction(result: Mapping[str, Any], fault: int, out: TextIO) -> None:
     """Print what other settings show. result: as runs.whatif() gives it; fault: pages of read faults."""
     to = console(out)
-    to.print(f"settings: {knobs(result['settings'])}")
+    to.out(f"settings: {knobs(result['settings'])}")
     to.print(counter_table(result))
-    to.print(zero_line(result["merges"], fault))
+    to.out(zero_line(result["merges"], fault))
     least, most = result["bounds"]["pages_shared"]
-    to.print(f"pages_shared after a history of changes: between {least:,} and {most:,}, with the same pages merged")
-    to.print(_estimate_line(result))
+    to.out(f"pages_shared after a history of changes: between {least:,} and {most:,}, with the same pages merged")
+    to.out(_estimate_line(result))
     to.print(process_table(result["processes"]))
 
 
@@ -79,11 +79,11 @@ def render_whatif(rows: Sequence[Row], settings: Settings, merges: Mapping[str, 
     won = profit(top) - profit(now)
     physical = now["physical_profit"] is not None
     if won > 0:
-        to.print(f"Best: {_knobs(top)}: {format_bytes(profit(top))} of profit,")
-        to.print(f"{format_bytes(won)} more than now ({_knobs(now)}).")
+        to.out(f"Best: {_knobs(top)}: {format_bytes(profit(top))} of profit,")
+        to.out(f"{format_bytes(won)} more than now ({_knobs(now)}).")
     else:
-        to.print(f"No setting wins over the present one ({_knobs(now)}): {format_bytes(profit(now))} of profit.")
-    to.print(
+        to.out(f"No setting wins over the present one ({_knobs(now)}): {format_bytes(profit(now))} of profit.")
+    to.out(
         "Profit is "
         + ("frames really freed, less all that KSM keeps." if physical else "pages merged, less rmap items.")
     )
@@ -105,7 +105,7 @@ def render_whatif(rows: Sequence[Row], settings: Settings, merges: Mapping[str, 
             f"{profit(row):,}",
         )
     to.print(shown)
-    to.print("* the present setting")
+    to.out("* the present setting")
 
     shown = table(f"accounting for zero pages, max_page_sharing={_limit(now)}")
     for heading in ("", "counted", "general_profit", "rmap items", "profit", "given back by unmerging"):
@@ -128,8 +128,8 @@ def render_whatif(rows: Sequence[Row], settings: Settings, merges: Mapping[str, 
         )
     to.print(shown)
     for name, (what, count, back) in _MEANING.items():
-        to.print(f"  {name}: {what}; count: {count}; unmerging gives back: {back}")
-    to.print(zero_line(merges, fault))
+        to.out(f"  {name}: {what}; count: {count}; unmerging gives back: {back}")
+    to.out(zero_line(merges, fault))
 
 
 def _lines(rows: Sequence[Row], settings: Settings) -> list[tuple[tuple[bool, str], tuple[str, Row]]]:
@@ -162,7 +162,7 @@ def render_explain(rows: Sequence[Row], page_size: int, out: TextIO) -> None:
     for row in rows:
         total[row["reason"]] += row["pages"]
     whole = sum(total.values())
-    to.print(f"{total['merged']:,} of {whole:,} pages of address space are merged ({percent(total['merged'], whole)}).")
+    to.out(f"{total['merged']:,} of {whole:,} pages of address space are merged ({percent(total['merged'], whole)}).")
     shown = table()
     shown.add_column("reason")
     shown.add_column("pages", justify="right")
@@ -192,7 +192,7 @@ def _explain_by(rows: Sequence[Row], key: str, title: str, to: Any) -> None:
         shown.add_row(name, f"{by[name]['merged']:,}", ", ".join(reasons))
     to.print(shown)
     if len(order) > MAX_ROWS:
-        to.print(f"... and {len(order) - MAX_ROWS:,} more; --json has them all")
+        to.out(f"... and {len(order) - MAX_ROWS:,} more; --json has them all")
 
 
 def render_unmerge(rows: Sequence[Row], settings: Settings, out: TextIO) -> None:
@@ -200,17 +200,17 @@ def render_unmerge(rows: Sequence[Row], settings: Settings, out: TextIO) -> None
     to = console(out)
     first = rows[0]
     who = "everything (run=2)" if first["image_id"] is None else f"{first['image_id']} (MADV_UNMERGEABLE)"
-    to.print(
+    to.out(
         f"Unmerging {who} needs {first['frames_needed']:,} frames, {format_bytes(first['bytes_needed'])}, "
         f"for {first['pages_unshared']:,} pages."
     )
     if first["zero_pages_kept"]:
-        to.print(
+        to.out(
             f"{first['zero_pages_kept']:,} pages stay on the shared zero page: Linux {settings.kernel} does not know "
             "that KSM placed them."
         )
     elif first["zero_pages_given_back"]:
-        to.print(f"{first['zero_pages_given_back']:,} of them were on the shared zero page.")
+        to.out(f"{first['zero_pages_given_back']:,} of them were on the shared zero page.")
     shown = table()
     shown.add_column("unmerged", overflow="fold")
     names = ("pages_unshared", "zero_pages_given_back", "frames_freed", "frames_needed")
@@ -220,4 +220,4 @@ def render_unmerge(rows: Sequence[Row], settings: Settings, out: TextIO) -> None
         shown.add_row(row["image_id"] or "all", *(f"{row[n]:,}" for n in names), format_bytes(row["bytes_needed"]))
     to.print(shown)
     if len(rows) > MAX_ROWS:
-        to.print(f"... and {len(rows) - MAX_ROWS:,} images more; --json has them all")
+        to.out(f"... and {len(rows) - MAX_ROWS:,} images more; --json has them all")

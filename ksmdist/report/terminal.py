@@ -75,11 +75,11 @@ def zero_line(merges: Mapping[str, Any], fault: int) -> str:
     """Zero pages that KSM merges or places, those of read faults apart."""
     merged = merges["zero"] + merges["content"]
     line = (
-        f"zero pages: KSM merges or places {merges['zero']:,}, {percent(merges['zero'], merged)} of all it merges; "
-        f"read faults placed {fault:,} more, which cost nothing"
+        f"zero pages: {merges['zero']:,} by KSM, {percent(merges['zero'], merged)} of all it merges; "
+        f"{fault:,} by read faults, which cost nothing"
     )
     if merges["thp_zero"]:
-        line += f"; {merges['thp_zero']:,} go there as KSM splits huge pages, and are in no counter"
+        line += f"; {merges['thp_zero']:,} freed as KSM splits huge pages, in no counter"
     return line
 
 
@@ -141,7 +141,7 @@ def render(
 
     to = console(out)
     pages, settings = summary["pages"], summary["settings"]
-    to.print(headline(summary))
+    to.out(headline(summary))
     to.print()
     left = table("pages", header=False)
     left.add_column()
@@ -160,15 +160,15 @@ def render(
     both = Table.grid(padding=(0, 4))
     both.add_row(left, counter_table(summary))
     to.print(both)
-    to.print(zero_line(summary["merges"], pages["zero_mapped_fault"]))
+    to.out(zero_line(summary["merges"], pages["zero_mapped_fault"]))
     if settings["zero_page_colors"] > 1:
         most = max(summary["zero_colors"], key=lambda row: row["zero"])
         used = sum(row["zero"] + row["zero_mapped_fault"] > 0 for row in summary["zero_colors"])
-        to.print(
+        to.out(
             f"colours: the pages choose {used:,} of {settings['zero_page_colors']:,} zero pages by address, "
             f"{most['zero']:,} of them number {most['color']}"
         )
-    to.print(f"settings: {knobs(settings)}")
+    to.out(f"settings: {knobs(settings)}")
 
     if len(images) > 1:
         shown = table()
@@ -182,14 +182,14 @@ def render(
     if "process" in images.column("kind").to_pylist():
         to.print(process_table(processes))
     if len(images) > MAX_ROWS:
-        to.print(f"... and {len(images) - MAX_ROWS:,} images more, in images.parquet and ksm_stat.parquet")
+        to.out(f"... and {len(images) - MAX_ROWS:,} images more, in images.parquet and ksm_stat.parquet")
     for caveat in caveats[:MAX_ROWS]:
-        to.print(f"note: {caveat}")
+        to.out(f"note: {caveat}")
     holes = summary["holes"]
     if holes["pages"]:
-        to.print(
+        to.out(
             f"INCOMPLETE: {holes['pages']:,} pages in {holes['ranges']:,} ranges could not be read and are not "
             "counted; holes.parquet lists them"
         )
-    to.print(f"engine: {summary['engine']} ({summary['engine_why']})")
-    to.print(f"run directory: {summary['run']}")
+    to.out(f"engine: {summary['engine']} ({summary['engine_why']})")
+    to.out(f"run directory: {summary['run']}")
