@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ def test_every_counter_is_the_kernels(part: int, tmp_path: Path) -> None:
 
 def _against_the_oracle(experiment: Experiment, folder: Path, shard_pages: int | None = None) -> None:
     processes = [asdict(process) for process in experiment.processes]
+    across = experiment.merge_across_nodes
     knobs = {
         "max_page_sharing": experiment.max_page_sharing,
         "use_zero_pages": experiment.use_zero_pages,
@@ -64,9 +65,9 @@ def _against_the_oracle(experiment: Experiment, folder: Path, shard_pages: int |
         "full_scans": experiment.full_scans,
     }
     folder.mkdir()
-    settings = Settings(**knobs, shard_pages=shard_pages)  # type: ignore[arg-type]
+    settings = Settings(**knobs, merge_across_nodes=across, shard_pages=shard_pages)  # type: ignore[arg-type]
     run = ksmdist.run(layout_images(folder, processes), folder / "run", settings, "inline")
-    truth = kernel_oracle.predict(processes, **knobs)  # type: ignore[arg-type]
+    truth = kernel_oracle.predict(processes, **knobs, merge_across_nodes=across)  # type: ignore[arg-type]
     counters: Any = run.summary["counters"]
     del truth["counters"]["full_scans"]
     assert {name: counters[name] for name in truth["counters"]} == truth["counters"]
@@ -78,6 +79,16 @@ def _against_the_oracle(experiment: Experiment, folder: Path, shard_pages: int |
 def test_random_layouts_equal_the_oracle(part: int, tmp_path: Path) -> None:
     for number in range(15):
         experiment = random_experiment(random.Random(1000 * part + number))
+        _against_the_oracle(experiment, tmp_path / str(number), [None, 50][number % 2])
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_random_layouts_on_two_nodes_equal_the_oracle(part: int, tmp_path: Path) -> None:
+    for number in range(10):
+        rng = random.Random(77 * part + number)
+        experiment = random_experiment(rng)
+        apart = tuple(replace(process, node=rng.randrange(2)) for process in experiment.processes)
+        experiment = replace(experiment, processes=apart, merge_across_nodes=False)
         _against_the_oracle(experiment, tmp_path / str(number), [None, 50][number % 2])
 
 

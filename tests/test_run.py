@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,18 @@ def test_every_file_conforms_to_its_schema(make_raw: MakeImage, tmp_path: Path) 
                 assert rows.equals(rows.sort_by(order)), file
             seen += 1
     assert seen == 4 + 4
+
+
+def test_no_file_stays_open(make_raw: MakeImage, tmp_path: Path) -> None:
+    from .conftest import arrow_image, eligible
+
+    images = [make_raw(f"{n}.raw", [page(n)]) for n in range(6)]
+    images += [arrow_image(tmp_path / f"{n}.arrow", [(0, page(n), eligible())], {}) for n in range(6, 12)]
+    ksmdist.run(images, tmp_path / "first")  # opens what stays: the cache holds a few images
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(3):
+        ksmdist.run(images, tmp_path / f"out{number}")
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_two_runs_write_the_same_bytes(make_raw: MakeImage, tmp_path: Path) -> None:

@@ -130,11 +130,11 @@ def test_frames_of_two_hosts_are_not_one(tmp_path: Path) -> None:
 
 def test_what_fork_shares_already_saves_nothing(tmp_path: Path) -> None:
     # Linux 6.18: 5 pages shared by fork, each of another content: unshared 5, volatile 5, nothing merged
-    layouts = [{"layout": "UUUUU"}, {"layout": "-----", "forked_from": 0}]
+    layouts: list[dict[str, Any]] = [{"layout": "UUUUU"}, {"layout": "-----", "forked_from": 0}]
     run: Any = ksmdist.run(layout_images(tmp_path, layouts), tmp_path / "run")
     shown = run.summary["counters"]
     assert (shown["pages_shared"], shown["pages_unshared"], shown["pages_volatile"]) == (0, 5, 5)
-    merging = [{"layout": "aa"}, {"layout": "--", "forked_from": 0}]
+    merging: list[dict[str, Any]] = [{"layout": "aa"}, {"layout": "--", "forked_from": 0}]
     (tmp_path / "two").mkdir()
     run = ksmdist.run(layout_images(tmp_path / "two", merging), tmp_path / "two" / "run")
     assert run.summary["counters"]["pages_sharing"] == 3

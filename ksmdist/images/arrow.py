@@ -11,6 +11,7 @@ import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from weakref import finalize
 
 import numpy as np
 import pyarrow as pa
@@ -46,11 +47,12 @@ class ArrowImage:
         if rows:  # a file's last dictionary holds the names of all its batches
             names = self._batch(0).column("region").dictionary.to_pylist()
             self.info = replace(self.info, regions=tuple(name or "" for name in names))
+        self._close = finalize(self, os.close, fd)  # a worker's cache of images lets them go without close()
 
     def close(self) -> None:
         """Let the file go."""
         del self._reader, self._file
-        os.close(self._fd)
+        self._close()
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Rows [start, end): slices of the file's own batches, validated."""

@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from weakref import finalize
 
 import numpy as np
 import pyarrow as pa
@@ -129,10 +130,11 @@ class ExtentImage:
         self._ends = np.cumsum(extents.count)
         self.info = info
         self.holes = holes
+        self._close = finalize(self, os.close, fd)  # a worker's cache of images lets them go without close()
 
     def close(self) -> None:
         """Let the file go."""
-        os.close(self._fd)
+        self._close()
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Pages [start, end) by address; long runs as views of the mapped file, short ones copied."""
