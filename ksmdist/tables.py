@@ -652,7 +652,7 @@ WHATIF = Table(
         _SAVED,
         Column("profit", pa.int64(), "saved_bytes less rmap_item_bytes, with its sign", unit="bytes"),
         _PHYSICAL_PROFIT,
-        _pages("zero_pages_given_back", "pages on the shared zero page that MADV_UNMERGEABLE or run=2 gives back"),
+        _pages("zero_pages_given_back", "zero pages that get frames of their own from MADV_UNMERGEABLE or run=2"),
         _pages("unmerge_frames", "frames that unmerging everything needs"),
         Column("present", pa.bool_(), "whether these are the run's own settings and its kernel's accounting"),
     ),

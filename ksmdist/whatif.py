@@ -59,7 +59,7 @@ def _account(accounting: str, prediction: Prediction, settings: Settings, fault:
     tracked = placed if accounting == "rmap_tracked" else 0  # the series kept the rmap item of each
     items = counters.rmap_items + tracked
     counted = {"stable_tree": 0, "untracked": None, "all_zero_mappings": placed + fault}.get(accounting, placed)
-    back = {"stable_tree": 0, "untracked": 0, "all_zero_mappings": placed + fault}.get(accounting, placed)
+    mapped = {"stable_tree": 0, "untracked": 0, "all_zero_mappings": placed + fault}.get(accounting, placed)
     physical = counters.physical_profit
     return {
         "accounting": accounting,
@@ -82,8 +82,8 @@ def _account(accounting: str, prediction: Prediction, settings: Settings, fault:
         "saved_bytes": counters.saved_bytes,
         "profit": counters.saved_bytes - items * RMAP_ITEM_BYTES,
         "physical_profit": None if physical is None else physical - tracked * RMAP_ITEM_BYTES,
-        "zero_pages_given_back": back,
-        "unmerge_frames": counters.pages_sharing + back,
+        "zero_pages_given_back": counters.zero_merges if accounting == "stable_tree" else mapped,
+        "unmerge_frames": counters.pages_sharing + mapped,
     }
 
 

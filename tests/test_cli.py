@@ -140,7 +140,7 @@ def test_whatif_names_the_best_and_asks_no_image(two_runs: Path) -> None:
     done = ksmdist("whatif", two_runs)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Best: use_zero_pages=1, max_page_sharing=256, merge_across_nodes=1: ")
-    for said in ("more than now", "* the present setting", "rmap_tracked", "given back by unmerging", "read faults"):
+    for said in ("more than now", "* the present setting", "rmap_tracked", "given back", "read faults"):
         assert said in done.stdout, said
     told = json.loads(ksmdist("whatif", two_runs, "--json").stdout)
     assert len(told["grid"]) == 70

@@ -108,7 +108,7 @@ def render_whatif(rows: Sequence[Row], settings: Settings, merges: Mapping[str, 
     to.out("* the present setting")
 
     shown = table(f"accounting for zero pages, max_page_sharing={_limit(now)}")
-    for heading in ("", "counted", "general_profit", "rmap items", "profit", "given back by unmerging"):
+    for heading in ("", "counted", "general_profit", "rmap items", "profit", "zero pages\ngiven back"):
         shown.add_column(heading, justify="left" if heading in ("",) else "right")
     for name in ACCOUNTINGS:
         row = next(

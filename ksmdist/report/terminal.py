@@ -58,15 +58,21 @@ def table(title: str | None = None, header: bool = True) -> Table:
 
 
 def headline(summary: Mapping[str, Any]) -> str:
-    """The answer in one sentence: what KSM would save, and how much of it is the zero page."""
-    pages, merges = summary["pages"], summary["merges"]
-    total = pages["total"] * summary["settings"]["page_size"]
+    """The answer in one sentence: what KSM would save, and how much of it is the zero page.
+
+    Where frames are known it is what is really freed, the kernel's own figure beside it.
+    """
+    pages, merges, frames = summary["pages"], summary["merges"], summary["physical"]["frames_saved"]
+    size = summary["settings"]["page_size"]
+    total = pages["total"] * size
     merged = merges["zero"] + merges["content"]
     if not merged:
         return f"KSM would save nothing of these {format_bytes(total)}: no two eligible pages are the same."
+    saved, claim = merges["saved_bytes"], ""
+    if frames is not None and frames * size != saved:
+        saved, claim = frames * size, f", where its counters claim {format_bytes(saved)}"
     return (
-        f"KSM would save {format_bytes(merges['saved_bytes'])} of {format_bytes(total)} "
-        f"({percent(merges['saved_bytes'], total)}); "
+        f"KSM would save {format_bytes(saved)} of {format_bytes(total)} ({percent(saved, total)}){claim}; "
         f"{percent(merges['zero'], merged)} of the merged pages are zero pages."
     )
 
