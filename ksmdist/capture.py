@@ -105,6 +105,10 @@ def capture(
     file exists or cannot be written: what was written before stays, no part of a file does.
     """
     machine = Machine.here()
+
+    def has_left(pid: int) -> bool:
+        return cgroup is not None and not _comm(pid)
+
     with ExitStack() as stack:
         stack.callback(machine.close)
         for pid in pids:
@@ -112,10 +116,16 @@ def capture(
         if pause:
             stack.enter_context(stand_still(pids, cgroup))
         if cgroup is not None:
-            pids = sorted({pid for pid in pids if _comm(pid)} | (_with_memory(members(cgroup)) - {os.getpid()}))
+            pids = sorted(_with_memory({*pids, *members(cgroup)}) - {os.getpid()})
+        if not pids:
+            raise SettingsError("has no process any more", cgroup or "ksmdist capture", "name processes that last")
         for pid in pids:  # what is refused is refused before anything is written
             _refuse_existing(out, pid)
-            LiveImage(pid, machine).close()
+            try:
+                LiveImage(pid, machine).close()
+            except ImageReadError:
+                if not has_left(pid):
+                    raise
         try:
             out.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -127,7 +137,7 @@ def capture(
             try:
                 done.append(_captured(pid, machine, out, mergeable_only, pause, progress))
             except ImageReadError:
-                if cgroup is None or _comm(pid):
+                if not has_left(pid):
                     raise
         return done
 

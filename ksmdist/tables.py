@@ -161,8 +161,8 @@ MEMORY_IMAGE = Table(
         Key("ksmdist.pages_absent", "pages of the address space that have no row, decimal", "0"),
         Key(
             "ksmdist.scan_order",
-            "place among the images in the order in which KSM scans them, decimal: a process's start in clock ticks "
-            "since boot, as KSM takes processes in the order in which they were marked. Alike: by image_id",
+            "place among the images in the order in which KSM scans them, decimal: processes by when they were marked, "
+            "for which their starts stand. Alike: by image_id",
             "0",
         ),
         Key(

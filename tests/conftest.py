@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ksmdist.images.proc import Machine
+from ksmdist.sysfs import Ksm
 from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
+
+from .targets import Start, Target
 
 PAGE = 4096
 ZERO = bytes(PAGE)
@@ -146,3 +151,40 @@ def oracle(images: Mapping[str, Sequence[bytes | None]]) -> dict[str, Any]:
 
 def random_pages(rng: np.random.Generator, count: int) -> list[bytes]:
     return [rng.bytes(PAGE) for _ in range(count)]
+
+
+def unavailable(reason: str) -> None:
+    """Skip a test that needs KSM; fail it where KSMDIST_FORCE_KERNEL is 1."""
+    if os.environ.get("KSMDIST_FORCE_KERNEL") == "1":
+        pytest.fail(reason)
+    pytest.skip(f"{reason}; KSMDIST_FORCE_KERNEL=1 makes this a failure")
+
+
+@pytest.fixture
+def ksm() -> Ksm:
+    """This host's KSM, writable."""
+    found = Ksm()
+    if not os.access(found.root / "run", os.W_OK):
+        unavailable(f"{found.root / 'run'} is not there, or not writable: this needs root and a kernel with KSM")
+    return found
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """start(code): a process that does what `code` says and waits; see targets.PRELUDE."""
+    targets: list[Target] = []
+
+    def begin(code: str, **options: Any) -> Target:
+        targets.append(Target(code, **options))
+        return targets[-1]
+
+    yield begin
+    for target in targets:
+        target.close()
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    machine = Machine.here()
+    yield machine
+    machine.close()

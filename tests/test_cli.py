@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from ksmdist.sysfs import Ksm
+
 from .conftest import PAGE, ZERO, MakeImage, arrow_image, elf_core, page
+from .targets import Start, linux, root
 
 
 def ksmdist(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -175,6 +178,73 @@ def test_explain_and_unmerge(two_runs: Path) -> None:
     shown = ksmdist("unmerge", two_runs, "--use-zero-pages", "--kernel", "6.1", "--image", "b").stdout
     assert "Unmerging b (MADV_UNMERGEABLE) needs 1 frames" in shown
     assert "1 pages stay on the shared zero page" in shown
+
+
+@linux
+@root
+def test_capture_run_and_explain_a_process(start: Start, tmp_path: Path) -> None:
+    target = start('m = anon("m", 60, 15, 12)\nwrite(m, 0, 7, 20); write(m, 20, 0, 10); touch(m, 30, 40)')
+    images = tmp_path / "images"
+    done = ksmdist("capture", "--pid", str(target.pid), "-o", images, "--pause")
+    assert done.returncode == 0, done.stderr
+    (image,) = images.iterdir()
+    assert done.stdout.startswith(f"{image}: image {image.stem}, ")
+    assert ksmdist("capture", "--pid", str(target.pid), "-o", images).returncode == 11
+    told = json.loads(ksmdist("run", image, "-o", tmp_path / "run", "--json").stdout)
+    assert told["merges"]["zero"] == 10
+    assert told["merges"]["content"] == 20
+    assert told["physical"]["frames_saved"] == 28
+    assert told["processes"][0]["ksm_merging_pages"] == 30
+    whole = json.loads(ksmdist("run", image, "-o", tmp_path / "all", "--json", "--eligible", "all").stdout)
+    assert whole["pages"]["ineligible"] < told["pages"]["ineligible"]
+    reasons = json.loads(ksmdist("explain", tmp_path / "run", "--region", "[anon]", "--json").stdout)["explain"]
+    found = {row["reason"]: row["pages"] for row in reasons}
+    assert (found["merged"], found["zero_mapped_fault"]) == (30, 10)
+    assert found["untouched"] >= 20
+    assert "ksm_rmap_items" in ksmdist("whatif", tmp_path / "run", "--use-zero-pages").stdout
+
+
+def test_what_cannot_be_captured(tmp_path: Path) -> None:
+    for arguments, code, message in (
+        (["--pid", "4194303"], 1, "process 4194303: does not exist"),
+        ([], 2, "no process was named"),
+        (["--comm", "no such comm"], 2, "no process that can be captured"),
+        (["--cgroup", str(tmp_path)], 2, "is no cgroup"),
+    ):
+        done = ksmdist("capture", *arguments, "-o", tmp_path / "out")
+        assert done.returncode == code, done.stderr
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.kernel
+def test_verify_kernel_prints_what_it_compared(ksm: Ksm) -> None:
+    before = ksm.knobs()
+    done = ksmdist("verify-kernel", "--layout", "00aabU.r", "--layout", "0:--a---U-", "--max-page-sharing", "2")
+    assert done.returncode == 0, done.stderr
+    assert "All 21 figures are as predicted." in done.stdout
+    assert "ksm_process_profit" in done.stdout
+    several = ksmdist("verify-kernel", "--random", "2", "--seed", "7", "--json")
+    assert several.returncode == 0, several.stderr
+    assert [one["equal"] for one in json.loads(several.stdout)] == [True, True]
+    assert ksm.knobs() == before
+    assert ksmdist("verify-kernel", "--layout", "a-").returncode == 2
+    assert ksmdist("verify-kernel", "--layout", "a", "--random", "3").returncode == 2
+
+
+@pytest.mark.kernel
+def test_verify_kernel_of_running_processes(ksm: Ksm, start: Start) -> None:
+    target = start('m = anon("m", 60, 15, 12)\nwrite(m, 0, 7, 20); write(m, 20, 0, 10); touch(m, 30, 40)')
+    with ksm.restored():
+        ksm.unmerge()
+        ksm.scan(4)
+        before = ksm.knobs()
+        done = ksmdist("verify-kernel", "--live", str(target.pid))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "All 5 figures are as predicted." in done.stdout
+        assert ksm.knobs() == before
+        ksm.unmerge()
 
 
 def test_interrupted_leaves_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import signal
 import subprocess
@@ -53,20 +52,6 @@ def predict_from_layout(pids: Sequence[int], experiment: Experiment | None) -> P
 
 
 PREDICTORS: dict[str, Predict] = {"oracle": predict_from_layout, "captured": predict_captured}
-
-
-def unavailable(reason: str) -> None:
-    if os.environ.get("KSMDIST_FORCE_KERNEL") == "1":
-        pytest.fail(reason)
-    pytest.skip(f"{reason}; KSMDIST_FORCE_KERNEL=1 makes this a failure")
-
-
-@pytest.fixture
-def ksm() -> Ksm:
-    found = Ksm()
-    if not os.access(found.root / "run", os.W_OK):
-        unavailable(f"{found.root / 'run'} is not there, or not writable: this needs root and a kernel with KSM")
-    return found
 
 
 def knobs(ksm: Ksm) -> dict[str, str]:

@@ -291,7 +291,7 @@ def write_image(
     Unreadable pages get no row. Raises ImageError where two sources hold the same address, or where
     several name regions.
     """
-    ordered = sorted(sources, key=_first_address)
+    ordered = sorted(sources, key=_first_address) if len(sources) > 1 else list(sources)
     first = ordered[0].info
     if len(ordered) > 1 and any(source.info.regions for source in ordered):
         raise ImageError("names regions, so it cannot be joined with other sources", first.path, "import it by itself")

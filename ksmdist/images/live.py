@@ -2,8 +2,8 @@
 
 Rows are private anonymous pages, with content, and pages of private mappings on the shared zero
 page or swapped out, without. The rest is counted in `info.passed_over`: of shared and hugetlb
-mappings the resident pages (what of them is nowhere cannot be told from what is in nobody's
-mapping), of special mappings all, of private ones what was never touched and what is a file's.
+mappings the resident pages alone, as those are what somebody may miss among the merged; of special
+mappings all; of private ones what was never touched (guard regions too) and what is a file's.
 
 Never process_vm_readv, which un-merges KSM pages and un-shares forked ones (gup_must_unshare, mm/gup.c),
 and never a page that PAGEMAP_SCAN does not show to be there: reading that would map the zero page.
@@ -33,36 +33,15 @@ from ksmdist.images.base import Hole, ImageInfo
 from ksmdist.images.proc import CATEGORIES, Machine, Vma
 from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
 
-__all__ = ["LiveImage", "place_zero_pages"]
+__all__ = ["LiveImage"]
 
+_PID_BITS = 22  # PID_MAX_LIMIT, include/linux/threads.h; of two started in one tick the lower pid is the elder
 _FLAG = {name: np.uint32(bit) for name, bit in PAGE_FLAGS.items()}
 _FOUND = {name: np.uint64(bit) for name, bit in CATEGORIES.items()}
 _NO_ROW = _FOUND["file"] | _FOUND["guard"]
 _NONE = np.zeros((0, 3), np.uint64)
 _Piece = tuple[int, int, int]  # number of the mapping, start and end in bytes
 _NOT_OWN = _FOUND["swapped"] | _FOUND["zero"]
-
-
-def place_zero_pages(pages: np.ndarray, sure: np.ndarray, count: int) -> tuple[np.ndarray, str]:
-    """Which zero pages KSM placed, when only their number is known: those that are sure, then the first.
-
-    pages: int64[n], runs of zero pages of mergeable mappings by address; sure: bool[n], runs of
-    soft-dirty pages, which no read fault makes; count: ksm_zero_pages of ksm_stat.
-    Returns int64[n], how many from the start of each run are KSM's, and what is uncertain of it, or "".
-    """
-    order = np.argsort(~sure, kind="stable")
-    ordered = pages[order]
-    placed = np.zeros_like(pages)
-    placed[order] = np.clip(count - (np.cumsum(ordered) - ordered), 0, ordered)
-    total, known = int(pages.sum()), int(pages[sure].sum())
-    if count > total:
-        return placed, f"KSM placed {count} zero pages by ksm_stat, and only {total} are in its mergeable mappings"
-    if count in (0, total) or count == known:
-        return placed, ""
-    return placed, (
-        f"KSM placed {count} of the {total} zero pages of its mergeable mappings; that many are marked so, "
-        "but which of them it placed is not known"
-    )
 
 
 class LiveImage:
@@ -100,12 +79,12 @@ class LiveImage:
         try:
             self._vmas = proc.parse_smaps(self._text("smaps"))
             ksm_stat = self._ksm_stat()
-            if not self._vmas or not self._alive():
-                raise ImageReadError("ended while it was looked at", self._where, "name a process that lasts")
             wanted = [i for i, vma in enumerate(self._vmas) if vma.passed_over(self._size)[0] == ""]
             left_out = [i for i in wanted if mergeable_only and "mg" not in self._vmas[i].flags]
             wanted = [i for i in wanted if not mergeable_only or "mg" in self._vmas[i].flags]
             found = [self._scan(vma.start, vma.end) for vma in (self._vmas[i] for i in wanted)]
+            if not self._vmas or not self._alive():
+                raise ImageReadError("ended while it was looked at", self._where, "name a process that lasts")
         except OSError as error:
             raise self._refused(error) from None
         self._regions = tuple(dict.fromkeys(vma.name for vma in self._vmas))
@@ -138,7 +117,7 @@ class LiveImage:
             fingerprint="",
             host=os.uname().nodename,
             caveats=tuple(caveats),
-            scan_order=self.stat.starttime,
+            scan_order=(self.stat.starttime << _PID_BITS) + self._pid,
             regions=self._regions,
             passed_over=passed_over,
             ksm_stat=ksm_stat,
@@ -263,7 +242,7 @@ class LiveImage:
         zero = mergeable & ((category & (_FOUND["zero"] | _FOUND["huge"])) == _FOUND["zero"])
         sure = tracked & ((category & _FOUND["soft_dirty"]) != 0)
         told = dict(ksm_stat).get("ksm_zero_pages")
-        placed, caveat = place_zero_pages(count[zero], sure[zero], int(told or 0))
+        placed, caveat = proc.place_zero_pages(count[zero], sure[zero], int(told or 0))
         self._zero_start = self._run[zero, 0]
         self._zero_end = self._zero_start + placed.astype(np.uint64) * np.uint64(self._size)
         if told is None and ksm_stat and zero.any():

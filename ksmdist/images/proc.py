@@ -40,6 +40,7 @@ __all__ = [
     "memory_blocks",
     "parse_smaps",
     "parse_stat",
+    "place_zero_pages",
     "read_pagemap",
 ]
 
@@ -366,6 +367,28 @@ class Machine:
         """Let its files go."""
         if self.kpageflags is not None:
             self.kpageflags.close()
+
+
+def place_zero_pages(pages: np.ndarray, sure: np.ndarray, count: int) -> tuple[np.ndarray, str]:
+    """Which zero pages KSM placed, when only their number is known: those that are sure, then the first.
+
+    pages: int64[n], runs of zero pages of mergeable mappings by address; sure: bool[n], runs of
+    soft-dirty pages, which no read fault makes; count: ksm_zero_pages of ksm_stat.
+    Returns int64[n], how many from the start of each run are KSM's, and what is uncertain of it, or "".
+    """
+    order = np.argsort(~sure, kind="stable")
+    ordered = pages[order]
+    placed = np.zeros_like(pages)
+    placed[order] = np.clip(count - (np.cumsum(ordered) - ordered), 0, ordered)
+    total, known = int(pages.sum()), int(pages[sure].sum())
+    if count > total:
+        return placed, f"KSM placed {count} zero pages by ksm_stat, and only {total} are in its mergeable mappings"
+    if count in (0, total) or count == known:
+        return placed, ""
+    return placed, (
+        f"KSM placed {count} of the {total} zero pages of its mergeable mappings; that many are marked so, "
+        "but which of them it placed is not known"
+    )
 
 
 def _huge(nbytes: int) -> mmap.mmap:
