@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ksmdist import counters, images, pipeline, report, runs, schema, store, tables
+from ksmdist import counters, images, pipeline, report, runs, schema, tables
 from ksmdist.errors import EXIT_HOLES, EXIT_INTERRUPTED, KsmdistError, RunDirectoryError, SettingsError
 from ksmdist.explain import explain
 from ksmdist.settings import KERNELS, Settings
@@ -459,7 +459,7 @@ def _run_and_show(
     finally:
         if bar is not None:
             bar.close()
-    processes = store.read_table(out, tables.KSM_STAT).to_pylist()
+    processes = done.ksm_stat.to_pylist()
     if as_json:
         print(json.dumps({**done.summary, "processes": processes}))
     else:

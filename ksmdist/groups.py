@@ -90,7 +90,8 @@ def count_rows(columns: Sequence[np.ndarray], weight: np.ndarray | None = None) 
         return [column[starts] for column in wide], sums
     key = np.zeros(len(wide[0]), np.int64)
     for column, least, bits in zip(wide, low, width, strict=True):
-        key = (key << bits) | (column - least)
+        if bits:
+            key = (key << bits) | (column - least)
     if weight is None and sum(width) <= _COUNTED_BITS:
         sums = np.bincount(key)
         key = np.flatnonzero(sums)

@@ -297,7 +297,7 @@ def run(
             },
             directory,
         )
-    return Run(Path(out), summary, settings, sharing, written[REGIONS.name], caveats)
+    return Run(Path(out), summary, settings, sharing, written[REGIONS.name], written[KSM_STAT.name], caveats)
 
 
 def _holes_table(holes: Sequence[tuple[int, Hole]], ids: Sequence[str], page_size: int) -> pa.Table:

@@ -14,7 +14,7 @@ from ksmdist import counters, store
 from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.settings import Settings
 from ksmdist.sharing import Sharing
-from ksmdist.tables import IMAGE_SPECTRUM, IMAGES, MAPPINGS, REGIONS, SPECTRUM
+from ksmdist.tables import IMAGE_SPECTRUM, IMAGES, KSM_STAT, MAPPINGS, REGIONS, SPECTRUM
 
 __all__ = ["Run", "load", "whatif"]
 
@@ -27,6 +27,7 @@ class Run:
     settings: of the run, as they were filled in
     sharing:  all that a prediction for other settings needs
     regions:  table `regions`
+    ksm_stat: table `ksm_stat`, for the run's settings
     caveats:  what the counts do not show, for people
     """
 
@@ -35,6 +36,7 @@ class Run:
     settings: Settings
     sharing: Sharing
     regions: pa.Table
+    ksm_stat: pa.Table
     caveats: tuple[str, ...]
 
     @property
@@ -60,7 +62,8 @@ def load(path: str | os.PathLike[str]) -> Run:
             f"has a run.json that is not what it should be: {error}", str(directory), "run it again"
         ) from None
     tables = {t.name: store.read_table(directory, t) for t in (IMAGES, SPECTRUM, IMAGE_SPECTRUM, MAPPINGS)}
-    return Run(directory, summary, settings, Sharing.from_tables(tables), store.read_table(directory, REGIONS), caveats)
+    regions, ksm_stat = (store.read_table(directory, table) for table in (REGIONS, KSM_STAT))
+    return Run(directory, summary, settings, Sharing.from_tables(tables), regions, ksm_stat, caveats)
 
 
 def whatif(run: Run | str | os.PathLike[str], settings: Settings) -> dict[str, Any]:

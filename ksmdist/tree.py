@@ -91,7 +91,9 @@ def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[
     kind = np.where(filled, np.where(word == 0, _ZERO, _SAME_FILLED), _OTHER).astype(np.int8)
 
     pairs = group_starts(content_of, image)  # a group a content and image
-    first_pair = np.searchsorted(pairs, starts)
+    opens = np.zeros(len(pages), bool)
+    opens[starts] = True
+    first_pair = np.flatnonzero(opens[pairs])
     images = np.diff(first_pair, append=len(pairs)).astype(np.int32)
     here = group_sum(pages, pairs)
     lowest = group_min(address, pairs)[first_pair]
@@ -196,15 +198,16 @@ def _image_rows(node: int, rows: _Rows, at: np.ndarray, mixed: bool) -> np.ndarr
         return np.zeros((0, 7), np.int64)
     if mixed:
         at = at[np.lexsort((rows.address[at], rows.image[at], rows.content[at]))]
-    content = rows.content[at]
-    new = np.append(np.diff(content) != 0, True)
-    lone = new & np.append(True, new[:-1])  # a content's one row
-    single = at[lone & (rows.pages[at] == 1)]
-    ones = np.ones(len(single), np.int64)
-    unique = [rows.image[single], ones, ones - 1, ones, rows.region[single]]
-    rest = at[~(lone & (rows.pages[at] == 1))]
-    tables = [count_rows(unique), count_rows(_places(rows, rest)) if len(rest) else count_rows([ones[:0]] * 5)]
-    return np.concatenate([_table(node, *counted) for counted in tables])
+    new = np.ones(len(at) + 1, bool)
+    new[1:-1] = np.diff(rows.content[at]) != 0
+    lone = new[1:] & new[:-1] & (rows.pages[at] == 1)  # a content's one page
+    single, rest = at[lone], at[~lone]
+    (image, region), contents = count_rows([rows.image[single], rows.region[single]])
+    ones = np.ones(len(contents), np.int64)
+    tables = [_table(node, [image, ones, ones - 1, ones, region], contents)]
+    if len(rest):
+        tables.append(_table(node, *count_rows(_places(rows, rest))))
+    return np.concatenate(tables)
 
 
 def _places(rows: _Rows, at: np.ndarray) -> list[np.ndarray]:

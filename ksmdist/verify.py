@@ -16,13 +16,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO, TypedDict
 
-from ksmdist import pipeline, store
+from ksmdist import pipeline
 from ksmdist.capture import capture
 from ksmdist.errors import EngineError
 from ksmdist.layouts import Experiment, Running, running
 from ksmdist.settings import KERNELS, Kernel, Settings
 from ksmdist.sysfs import Ksm
-from ksmdist.tables import KSM_STAT
 
 __all__ = [
     "COUNTERS",
@@ -160,7 +159,7 @@ def _predicted(
         folder = Path(name)
         captured = capture(pids, folder / "images", mergeable_only=True, pause=True)
         run = pipeline.run([image.path for image in captured], folder / "run", settings, "inline")
-        stats = {row["image_id"]: row for row in store.read_table(run.path, KSM_STAT).to_pylist()}
+        stats = {row["image_id"]: row for row in run.ksm_stat.to_pylist()}
     figures: dict[int, Mapping[str, int]] = {
         image.pid: {
             name: stats[image.image_id][name] for name in PROCESS_FIGURES if stats[image.image_id][name] is not None
