@@ -251,7 +251,10 @@ def verify_command(
     use_zero_pages: Annotated[bool, typer.Option("--use-zero-pages", help="For --layout.")] = False,
     max_page_sharing: Annotated[int, typer.Option("--max-page-sharing", help="For --layout.")] = 256,
     smart_scan: Annotated[bool, typer.Option("--smart-scan", help="For --layout.")] = False,
-    full_scans: Annotated[int, typer.Option("--full-scans", help="For --layout.")] = 5,
+    full_scans: Annotated[
+        int | None,
+        typer.Option("--full-scans", metavar="N", help="For --layout. [default: until no counter changes]"),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Predict, then switch KSM on for real, and compare every counter. As root; every knob is put back.

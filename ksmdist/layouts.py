@@ -56,6 +56,8 @@ class Process:
 class Experiment:
     """Processes in scan order, KSM's knobs, and the full scans to let pass with all pages there.
 
+    full_scans None: as many as it takes until no counter changes; not with smart_scan.
+
     Raises SettingsError for a layout or knob that cannot be.
     """
 
@@ -64,10 +66,13 @@ class Experiment:
     use_zero_pages: bool = False
     smart_scan: bool = False
     merge_across_nodes: bool = True
-    full_scans: int = 4
+    full_scans: int | None = 4
 
     def __post_init__(self) -> None:
-        if not self.processes or self.max_page_sharing < 2 or self.full_scans < 1:
+        if self.smart_scan and self.full_scans is None:
+            raise SettingsError("never comes to rest", "smart_scan", "give a number of full scans")
+        no_scan = self.full_scans is not None and self.full_scans < 1
+        if not self.processes or self.max_page_sharing < 2 or no_scan:
             raise SettingsError(
                 "has no process, no scan, or a max_page_sharing below 2", "experiment", "give one or more of each"
             )
@@ -97,8 +102,9 @@ class Experiment:
         """The experiment in a line: processes, pages, knobs, scans."""
         forked = sum(process.forked_from is not None for process in self.processes)
         pages = sum(len(process.layout) for process in self.processes)
+        scans = "until nothing changes" if self.full_scans is None else f"{self.full_scans} scans"
         knobs = ", ".join(f"{name}={value}" for name, value in self.knobs().items())
-        return f"{len(self.processes)} processes ({forked} forked), {pages:,} pages, {knobs}, {self.full_scans} scans"
+        return f"{len(self.processes)} processes ({forked} forked), {pages:,} pages, {knobs}, {scans}"
 
 
 def parse_process(text: str) -> Process:

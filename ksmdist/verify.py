@@ -57,6 +57,7 @@ COUNTERS = (
 PROCESS_FIGURES = ("ksm_rmap_items", "ksm_zero_pages", "ksm_merging_pages", "ksm_process_profit", "smaps_ksm_pages")
 """What is compared of a process: its ksm_stat, and the pages smaps shows on KSM pages."""
 
+_BY_SCANS = ("pages_scanned", "full_scans")  # a prediction of the end does not say how many scans it took
 _SINCE_BOOT = ("pages_scanned", "pages_skipped")
 
 
@@ -126,9 +127,9 @@ def predict_captured(pids: Sequence[int], experiment: Experiment | None) -> Pred
         kernel=_kernel(),
     )
     counters, figures = _predicted(pids, settings)
+    shown = {**counters, "full_scans": experiment.full_scans}
     return {
-        "counters": {name: value for name, value in counters.items() if value is not None}
-        | {"full_scans": experiment.full_scans},
+        "counters": {name: value for name, value in shown.items() if value is not None},
         "processes": [figures[pid] for pid in pids],
     }
 
@@ -199,13 +200,18 @@ def _run(experiment: Experiment, processes: Sequence[Running], predict: Predict,
     pids = [process.pid for process in processes]
     prediction = predict(pids, experiment)
     before = ksm.counters()
-    ksm.scan(experiment.full_scans)
+    names: Sequence[str] = COUNTERS
+    if experiment.full_scans is None:
+        ksm.converge()
+        names = [name for name in COUNTERS if name not in _BY_SCANS]
+    else:
+        ksm.scan(experiment.full_scans)
     counted = ksm.counters()
     figures = [process_figures(pid) for pid in pids]
     for name in _SINCE_BOOT:
         if name in counted:
             counted[name] -= before[name]
-    counters = _rows("kernel", COUNTERS, prediction["counters"], counted)
+    counters = _rows("kernel", names, prediction["counters"], counted)
     return Comparison(counters + _process_rows(pids, prediction, figures))
 
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,6 +84,15 @@ def test_random_experiments_twice_in_a_row(ksm: Ksm, predictor: str, seed: int) 
         assert comparison.equal, f"{experiment}\n{table(comparison)}"
         assert len(comparison.rows) == len(COUNTERS) + len(PROCESS_FIGURES) * len(experiment.processes)
     assert knobs(ksm) == before
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("seed", range(10))
+def test_until_nothing_changes(ksm: Ksm, seed: int) -> None:
+    experiment = replace(random_experiment(random.Random(500 + seed)), smart_scan=False, full_scans=None)
+    comparison = verify(experiment, predict_captured)
+    assert comparison.equal, f"{experiment}\n{table(comparison)}"
+    assert len(comparison.rows) == len(COUNTERS) - 2 + len(PROCESS_FIGURES) * len(experiment.processes)
 
 
 @pytest.mark.kernel
@@ -184,11 +193,11 @@ def test_two_at_once_wait_for_each_other(ksm: Ksm) -> None:
 
 @pytest.mark.kernel
 def test_live_compares_running_processes_and_writes_no_knob(ksm: Ksm, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = Experiment((Process("aab0U"), Process("-a--U", forked_from=0)), full_scans=4)
+    experiment = Experiment((Process("aab0U"), Process("-a--U", forked_from=0)))
     with ksm.restored(), running(experiment.processes) as found:
         ksm.unmerge()
         ksm.write("smart_scan", 0)
-        ksm.scan(experiment.full_scans)
+        ksm.scan(4)
         with monkeypatch.context() as patched:
             patched.delattr(Ksm, "write")
             comparison = live([process.pid for process in found], lambda pids, _: predict_from_layout(pids, experiment))

@@ -11,6 +11,7 @@ from ksmdist.report.terminal import (
     MAX_ROWS,
     console,
     counter_table,
+    estimate_line,
     format_bytes,
     knobs,
     percent,
@@ -43,19 +44,8 @@ def render_prediction(result: Mapping[str, Any], fault: int, out: TextIO) -> Non
     to.out(zero_line(result["merges"], fault))
     least, most = result["bounds"]["pages_shared"]
     to.out(f"pages_shared after a history of changes: between {least:,} and {most:,}, with the same pages merged")
-    to.out(_estimate_line(result))
+    to.out(estimate_line(result))
     to.print(process_table(result["processes"]))
-
-
-def _estimate_line(result: Mapping[str, Any]) -> str:
-    estimate, settings = result["estimate"], result["settings"]
-    how = f"{estimate['full_scans']} full scans of {estimate['pages_per_scan']:,} pages"
-    if estimate["seconds"] is None:
-        return f"estimated time to converge: {how}; never, as pages_to_scan is 0"
-    return (
-        f"estimated time to converge: {estimate['seconds']:,.1f} s ({how}; pages_to_scan={settings['pages_to_scan']}, "
-        f"sleep_millisecs={settings['sleep_millisecs']}; the scanning itself comes on top)"
-    )
 
 
 def _limit(row: Row) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "console",
     "counter_table",
+    "estimate_line",
     "format_bytes",
     "headline",
     "knobs",
@@ -87,6 +88,18 @@ def zero_line(merges: Mapping[str, Any], fault: int) -> str:
     if merges["thp_zero"]:
         line += f"; {merges['thp_zero']:,} freed as KSM splits huge pages, in no counter"
     return line
+
+
+def estimate_line(result: Mapping[str, Any]) -> str:
+    """About how long KSM takes to converge. result: as counters.summary() gives it, with settings."""
+    estimate, settings = result["estimate"], result["settings"]
+    how = f"{estimate['full_scans']} full scans of {estimate['pages_per_scan']:,} pages"
+    if estimate["seconds"] is None:
+        return f"estimated time to converge: {how}; never, as pages_to_scan is 0"
+    return (
+        f"estimated time to converge: {estimate['seconds']:,.1f} s and the scanning itself ({how}, "
+        f"pages_to_scan={settings['pages_to_scan']}, sleep_millisecs={settings['sleep_millisecs']})"
+    )
 
 
 def knobs(settings: Mapping[str, Any]) -> str:
@@ -174,6 +187,7 @@ def render(
             f"colours: the pages choose {used:,} of {settings['zero_page_colors']:,} zero pages by address, "
             f"{most['zero']:,} of them number {most['color']}"
         )
+    to.out(estimate_line(summary))
     to.out(f"settings: {knobs(settings)}")
 
     if len(images) > 1:
