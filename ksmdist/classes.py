@@ -89,10 +89,7 @@ def classify(page: pa.RecordBatch, image: int, settings: Settings, regions: np.n
     by_region = np.bincount(row * np.int32(len(REASONS)) + reason, minlength=(len(regions) + 1) * len(REASONS))
     numbers = np.append(regions, np.int32(-1))[row]
 
-    thp = np.zeros(len(flags), np.int64)
-    if huge.any():
-        size = settings.page_size * (settings.page_size // 8)  # a page of page table entries maps it: PMD_SIZE
-        thp = np.where(huge, address // np.uint64(size) + np.uint64(1), 0).astype(np.int64)
+    thp = _huge_pages(address, flag("huge") & ~flag("locked") & has_bytes, zero, settings.page_size)
     # A page that KSM mapped to the zero page was a zero page with a frame of its own before.
     zeros = zero | (may & by_ksm)
     framed = present(page.column("frame")) & has_bytes
@@ -107,7 +104,7 @@ def classify(page: pa.RecordBatch, image: int, settings: Settings, regions: np.n
         image=np.full(n + len(other), image, np.int32),
         node=node[at],
         eligible=may[at],
-        huge=np.concatenate((thp[first], np.zeros(len(other), np.int64))),
+        huge=thp[at],
         pages=np.concatenate((count, np.ones(len(other), np.int64))),
         address=address[at],
         region=numbers[np.concatenate((last, other))],
@@ -126,6 +123,23 @@ def _first_of(default: int, *cases: tuple[np.ndarray, int]) -> np.ndarray:
     number = np.full(len(cases[0][0]), default, np.int8)
     for is_so, this in reversed(cases):
         number[is_so] = this
+    return number
+
+
+def _huge_pages(address: np.ndarray, huge: np.ndarray, zero: np.ndarray, page_size: int) -> np.ndarray:
+    """int64[n]: numbers of the huge pages of zero pages, and of all pages of those that may have one zero page; else 0.
+
+    The first and the last of these rows may have more pages than are here.
+    """
+    number = np.zeros(len(address), np.int64)
+    at = np.flatnonzero(huge)
+    if len(at) == 0:
+        return number
+    size = page_size * (page_size // 8)  # PMD_SIZE: what a page of page table entries maps
+    number[at] = (address[at] // np.uint64(size)).astype(np.int64) + 1
+    found, zeros = np.unique(number[huge & zero], return_counts=True)
+    lone = np.concatenate((found[zeros == 1], number[at[[0, -1]]]))
+    number[~zero & ~np.isin(number, lone)] = 0
     return number
 
 

@@ -11,7 +11,15 @@ import numpy as np
 
 from ksmdist.groups import count_rows, group_starts, group_sum
 
-__all__ = ["PATTERN_COLUMNS", "Patterns", "add_patterns", "find_patterns", "pattern_rows", "shared_frames"]
+__all__ = [
+    "PATTERN_COLUMNS",
+    "Patterns",
+    "add_patterns",
+    "find_patterns",
+    "mark_split",
+    "pattern_rows",
+    "shared_frames",
+]
 
 Patterns = Mapping[bytes, int]
 """A pattern -> contents that have it. The key is opaque; pattern_rows() reads it."""
@@ -20,6 +28,7 @@ PATTERN_COLUMNS = ("image", "region", "numa_node", "huge", "frame", "pages")
 """Columns of a pattern's rows; region and frame -1 for none."""
 
 _KEY = np.dtype(">i8")
+_IMAGE, _HUGE = PATTERN_COLUMNS.index("image"), PATTERN_COLUMNS.index("huge")
 
 
 def shared_frames(content: np.ndarray, host: np.ndarray, frame: np.ndarray, framed: np.ndarray) -> np.ndarray:
@@ -61,7 +70,7 @@ def find_patterns(
     content, image, region, node, huge, shared, pages = (
         column[order] for column in (content, image, region, node, huge, shared, pages)
     )
-    huge = _zeros_of_huge(content, image, huge, pages)
+    huge = _lone_zeros(content, image, huge, pages)
     joint = shared >= 0
     # Between two rows with a shared frame, in one image, only how many there are of a node counts.
     cut: np.ndarray = np.cumsum(joint) - joint
@@ -76,16 +85,38 @@ def find_patterns(
     return _count(content, kind, [*columns, pages])
 
 
-def _zeros_of_huge(content: np.ndarray, image: np.ndarray, huge: np.ndarray, pages: np.ndarray) -> np.ndarray:
-    """int64[n]: 0 outside huge pages, 1 for the one zero page of a huge page, 2 for one of several."""
+def _lone_zeros(content: np.ndarray, image: np.ndarray, huge: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    """int64[n]: 0 outside huge pages; the number of the huge page + 1 for its one zero page, where no page of the
+    content is outside huge pages; 1 for all others in huge pages."""
     at = np.flatnonzero(huge)
-    kind = np.zeros(len(huge), np.int64)
+    code: np.ndarray = np.minimum(huge, 1)
+    at = at[~np.isin(content[at], content[huge == 0])]
     if len(at):
         order = at[np.lexsort((huge[at], image[at], content[at]))]
         starts = group_starts(content[order], image[order], huge[order])
         zeros = np.repeat(group_sum(pages[order], starts), np.diff(starts, append=len(order)))
-        kind[order] = np.where(zeros == 1, 1, 2)
-    return kind
+        code[order] = np.where(zeros == 1, huge[order] + 1, 1)
+    return code
+
+
+def mark_split(patterns: Patterns, split: np.ndarray) -> dict[bytes, int]:
+    """Patterns in which the one zero page of a huge page that is split anyway counts as one of several.
+
+    split: int64[n, 2], image and number of huge pages that KSM splits for another content.
+    """
+    pairs = set(map(tuple, split.tolist()))
+    marked: dict[bytes, int] = {}
+    for key, contents in patterns.items():
+        kind, rows = pattern_rows(key)
+        lone = rows[:, _HUGE] > 1
+        if pairs and lone.any():
+            rows = rows.copy()
+            for at in np.flatnonzero(lone).tolist():
+                if (int(rows[at, _IMAGE]), int(rows[at, _HUGE]) - 1) in pairs:
+                    rows[at, _HUGE] = 1
+            key = np.concatenate(([kind], rows.reshape(-1))).astype(_KEY).tobytes()
+        marked[key] = contents
+    return marked
 
 
 def _renumber(content: np.ndarray, shared: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from ksmdist.classes import Classified
 from ksmdist.counters import Prediction
 from ksmdist.errors import ImageError, SettingsError
 from ksmdist.images import Hole, ImageInfo
-from ksmdist.mappings import Patterns, add_patterns
+from ksmdist.mappings import Patterns, add_patterns, mark_split
 from ksmdist.runs import Run
 from ksmdist.settings import Settings
 from ksmdist.shards import Shard
@@ -151,6 +151,7 @@ class _Merged:
     spectrum: np.ndarray
     image_spectrum: np.ndarray
     patterns: Patterns
+    split: np.ndarray
     images: np.ndarray
     stable_copies: int
 
@@ -160,7 +161,7 @@ def _merge(image_ids: Sequence[str], hosts: Sequence[str], out: Path, number: in
     merged = tree.merge(tables, image_ids, hosts)
     store.write_table(merged.stable, STABLE_TREE, out, number)
     copies = int(np.sum(merged.stable.column("copies").to_numpy()))
-    return _Merged(merged.spectrum, merged.image_spectrum, merged.patterns, merged.images, copies)
+    return _Merged(merged.spectrum, merged.image_spectrum, merged.patterns, merged.split, merged.images, copies)
 
 
 def _opened(paths: Sequence[str], settings: Settings) -> list[tuple[str, ImageInfo, tuple[Hole, ...]]]:
@@ -248,7 +249,9 @@ def run(
             region_names,
             tree.add_rows([part.spectrum for part in merged]),
             tree.add_rows([part.image_spectrum for part in merged]),
-            add_patterns([part.patterns for part in merged]),
+            mark_split(
+                add_patterns([part.patterns for part in merged]), np.concatenate([part.split for part in merged])
+            ),
         )
         prediction = counters.predict(sharing, settings)
         stable_copies = sum(part.stable_copies for part in merged)

@@ -167,7 +167,7 @@ def _followed(pattern: Pattern, rows: np.ndarray) -> Followed:
         pattern.kind,
         whole,
         tuple(stretch for stretch, huge in marked if not huge),
-        tuple(stretch for stretch, huge in marked if huge == 1),
+        tuple(stretch for stretch, huge in marked if huge > 1),
     )
 
 

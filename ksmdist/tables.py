@@ -233,8 +233,8 @@ SHARD_CONTENT = Table(
         Column(
             "huge",
             pa.int64(),
-            "number of the transparent huge page, not locked, that these zero pages are part of: address / size of a "
-            "huge page, from 1; 0: of none, and for other contents",
+            "number of the transparent huge page, not locked, that these pages are part of: address / size of a huge "
+            "page, from 1; 0: of none, and for other contents in huge pages that have no or several zero pages",
             unit="index",
         ),
         _pages("pages", "pages with this content"),
@@ -371,8 +371,10 @@ MAPPINGS = Table(
         Column("numa_node", pa.int16(), _NODE_DOC, unit="node number"),
         Column(
             "huge",
-            pa.int8(),
-            "zero pages in a transparent huge page that is not locked: 1: it has no other; 2: it has; 0: all others",
+            pa.int64(),
+            "zero pages in a transparent huge page that is not locked: its number (address / size, from 1) + 1 where "
+            "it has no other zero page, no other content splits it, and all zero pages are in huge pages; else 1. "
+            "0: all other pages",
             unit="code",
         ),
         Column(

@@ -35,6 +35,7 @@ class RangeTree:
     spectrum:       int64[n, 5]: numa_node or ALL_NODES, kind, copies, frames, contents
     image_spectrum: int64[n, 7]: numa_node or ALL_NODES, image, copies, before, here, region or -1, contents
     patterns:       of the zero content and of contents that have a frame which fork shares
+    split:          int64[n, 2]: image and number of huge pages with one zero page that merging contents here splits
     images:         int64[n, 5]: image, then its pages that are duplicate, unique, shared within,
                     shared with others; for images that have any
     pages:          eligible pages that went in
@@ -44,6 +45,7 @@ class RangeTree:
     spectrum: np.ndarray
     image_spectrum: np.ndarray
     patterns: Patterns
+    split: np.ndarray
     images: np.ndarray
     pages: int
 
@@ -79,8 +81,8 @@ def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[
             column[may] for column in (digest, image, node, huge, pages, address, region, framed, number, filled, word)
         )
     if len(pages) == 0:
-        none = [np.zeros((0, width), np.int64) for width in (5, 7, 5)]
-        return RangeTree(STABLE_TREE.schema.empty_table(), none[0], none[1], {}, none[2], 0)
+        none = [np.zeros((0, width), np.int64) for width in (5, 7, 2, 5)]
+        return RangeTree(STABLE_TREE.schema.empty_table(), none[0], none[1], {}, none[2], none[3], 0)
 
     high, low = digest_words(digest)
     starts = group_starts(high, low)  # a group a content: the rows of the images and nodes that hold it
@@ -106,11 +108,16 @@ def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[
     spectrum, image_spectrum = _spectra(rows, shared, kind, ordered)
     nodes = _nodes(content_of, node, len(starts))
     chosen = np.flatnonzero(ordered[content_of])
+    zeros_of = np.where(kind[content_of] == _ZERO, huge, 0)
     patterns = find_patterns(
         content_of[chosen],
         kind,
-        *(column[chosen] for column in (image, region, node, huge, shared, pages, address)),
+        *(column[chosen] for column in (image, region, node, zeros_of, shared, pages, address)),
     )
+
+    frames = _frames(copies, starts, shared)
+    splits = np.flatnonzero((huge > 0) & (kind[content_of] != _ZERO) & (frames[content_of] >= 2))
+    split, _ = count_rows([image[splits], huge[splits]])
 
     several = np.flatnonzero(copies >= 2)
     stable = pa.Table.from_arrays(
@@ -130,7 +137,7 @@ def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[
     here[kind[of_pair] == _ZERO] = 0
     facts = (copies[of_pair] >= 2, copies[of_pair] == 1, here >= 2, images[of_pair] >= 2)
     per_image = _per_image(image[pairs], here, facts)
-    return RangeTree(stable, spectrum, image_spectrum, patterns, per_image, int(pages.sum()))
+    return RangeTree(stable, spectrum, image_spectrum, patterns, np.stack(split, axis=1), per_image, int(pages.sum()))
 
 
 @dataclass(frozen=True, slots=True)

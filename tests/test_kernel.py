@@ -127,6 +127,26 @@ def test_huge_pages(ksm: Ksm, predictor: str, scenario: Scenario) -> None:
     assert {row.name for row in comparison.different} <= {"pages_scanned"}, table(comparison)
 
 
+def random_huge(rng: random.Random) -> Experiment:
+    """Huge pages and small ones with few zero pages and few copies, where it counts which is first."""
+    processes = []
+    for _ in range(rng.randint(1, 4)):
+        huge = rng.random() < 0.6
+        pages = ["U"] * (512 * rng.randint(1, 2) if huge else rng.randint(2, 200))
+        for letters, count in (("0", rng.choice([0, 0, 1, 1, 2, 50])), ("abc", rng.choice([0, 0, 1, 3, 20]))):
+            for _ in range(count):
+                pages[rng.randrange(len(pages))] = rng.choice(letters)
+        processes.append(Process("".join(pages), huge=huge, locked=rng.random() < 0.1))
+    return Experiment(tuple(processes), use_zero_pages=rng.random() < 0.5, full_scans=8)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("seed", range(30))
+def test_random_huge_pages(ksm: Ksm, seed: int) -> None:
+    comparison = verify(random_huge(random.Random(seed)), predict_captured)
+    assert {row.name for row in comparison.different} <= {"pages_scanned"}, table(comparison)
+
+
 @pytest.mark.kernel
 def test_unmerging_leaves_nothing(ksm: Ksm) -> None:
     """LTP ksm01, phases 5 and 6: run=2, then run=0."""

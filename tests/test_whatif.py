@@ -303,6 +303,24 @@ def test_zero_pages_of_huge_pages_alone(
     assert (on["merges"]["thp_zero"], on["counters"]["ksm_zero_pages"]) == (total, 0)
 
 
+@pytest.mark.parametrize("shard_pages", [None, 100, 7])
+@pytest.mark.parametrize("ranges", [1, 4])
+def test_the_one_zero_page_of_a_huge_page_that_is_split_anyway(shard_pages: int, ranges: int, tmp_path: Path) -> None:
+    # Measured on Linux 6.18.44: H aa + one zero: shared 1, sharing 1, unshared 509, the zero page freed
+    rows: list[Row] = [(n * PAGE, page(max(n, 2)), eligible("huge", "exclusive"), None, None, 0) for n in range(1, 512)]
+    rows += [(512 * PAGE, ZERO, eligible("huge", "exclusive"), None, None, 0)]
+    rows += [(n * PAGE, page(n), eligible("huge", "exclusive"), None, None, 0) for n in range(513, 1024)]
+    paths = [arrow_image(tmp_path / "x.arrow", rows, batch=64)]
+    run: Any = ksmdist.run(paths, tmp_path / "run", Settings(shard_pages=shard_pages, ranges=ranges))
+    assert run.summary["merges"]["thp_zero"] == 0  # the first huge page is split, the second holds the zero page
+    rows[511 + 100] = (rows[511 + 100][0], page(2), *rows[0][2:])
+    (tmp_path / "split").mkdir()
+    paths = [arrow_image(tmp_path / "split" / "x.arrow", rows, batch=64)]
+    run = ksmdist.run(paths, tmp_path / "split" / "run", Settings(shard_pages=shard_pages, ranges=ranges))
+    assert run.summary["merges"]["thp_zero"] == 1
+    assert run.summary["counters"]["pages_sharing"] == 2
+
+
 @pytest.mark.parametrize("page_size", [4096, 16384, 65536])
 def test_page_sizes_and_colours_of_zero_pages(tmp_path: Path, page_size: int) -> None:
     pages = [bytes(page_size)] * 5 + [page(1)[:8] * (page_size // 8)] * 2
@@ -312,6 +330,10 @@ def test_page_sizes_and_colours_of_zero_pages(tmp_path: Path, page_size: int) ->
     assert run.summary["merges"]["saved_bytes"] == 6 * page_size
     assert [(row["color"], row["zero"]) for row in run.summary["zero_colors"]] == [(0, 3), (1, 2)]
     assert ksmdist.whatif(run, replace(settings, use_zero_pages=False))["counters"]["pages_sharing"] == 5
+    prediction = counters.predict(run.sharing, settings)
+    assert sum(row["pages"] for row in explain(run.sharing, run.regions, prediction).to_pylist()) == 7
+    (total, _) = unmerge(run.sharing, prediction, settings).to_pylist()
+    assert total["bytes_needed"] == 6 * page_size
     with pytest.raises(SettingsError, match="page_size"):
         ksmdist.whatif(run, Settings(page_size=131072, zero_page_colors=2))
 

@@ -318,6 +318,8 @@ class LiveImage:
         ksm = said if self._machine.kpf_ksm else valid & ~exclusive & self._has_ksm[vma]
         huge |= (kpf & proc.KPF_THP) != 0
 
+        # A huge page that a parent has locked stays so for a child that shares it: mlock is the folio's too.
+        locked = (kpf & proc.KPF_MLOCKED) != 0
         flags = self._flags[vma]
         for name, mask in (
             ("zero_mapped", zero),
@@ -325,6 +327,7 @@ class LiveImage:
             ("swapped", swapped),
             ("huge", huge),
             ("ksm", ksm),
+            ("locked", locked),
             ("exclusive", exclusive),
             ("unreadable", own & ~valid),
         ):

@@ -62,7 +62,7 @@ PM_FRAME = np.uint64((1 << 55) - 1)
 PM_SOFT_DIRTY, PM_EXCLUSIVE, PM_GUARD, PM_FILE, PM_SWAP, PM_PRESENT = (
     np.uint64(1 << bit) for bit in (55, 56, 58, 61, 62, 63)
 )
-KPF_KSM, KPF_THP, KPF_ZERO_PAGE = (np.uint64(1 << bit) for bit in (21, 22, 24))
+KPF_KSM, KPF_THP, KPF_ZERO_PAGE, KPF_MLOCKED = (np.uint64(1 << bit) for bit in (21, 22, 24, 33))
 
 _PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _VECTOR = 1 << 14  # page_regions of 24 bytes asked for at once
