@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ksmdist import counters, images, pipeline, report, runs, schema, tables
+from ksmdist import counters, images, pipeline, report, runs, schema, store, tables
 from ksmdist.errors import EXIT_HOLES, EXIT_INTERRUPTED, KsmdistError, RunDirectoryError, SettingsError
 from ksmdist.explain import explain
 from ksmdist.settings import KERNELS, Settings
@@ -365,12 +365,14 @@ def whatif_command(
         sleep_millisecs=sleep_millisecs,
     )
     result = runs.whatif(done, settings)
-    rows = grid(done.sharing, settings).to_pylist()
+    asked = settings != done.settings
+    table = grid(done.sharing, settings) if asked else store.read_table(run, tables.WHATIF)
+    rows = table.to_pylist()
     fault = int(done.sharing.of_images("zero_mapped_fault").sum())
     if as_json:
         print(json.dumps(result | {"grid": rows, "best": best(rows, settings), "present": present(rows)}))
         return
-    if settings != done.settings:
+    if asked:
         report.render_prediction(result, fault, sys.stdout)
     else:
         report.render_whatif(rows, settings, result["merges"], fault, sys.stdout)

@@ -202,7 +202,7 @@ def predict(sharing: Sharing, settings: Settings) -> Prediction:
 
 
 def _closed(sharing: Sharing, settings: Settings, tally: _Tally) -> None:
-    """Contents other than zero in frames of their own: section 2.1 of the rules, by arithmetic."""
+    """Contents other than zero in frames of their own, by arithmetic."""
     table = _rows(sharing.image_spectrum, settings)
     last = table[table[:, 3] + table[:, 4] == table[:, 2]]  # a row a content: of the image that has its last copy
     copies, contents = last[:, 2], last[:, 6]

@@ -77,9 +77,9 @@ class Settings:
         for name in ("pages_to_scan", "sleep_millisecs"):
             if not 0 <= getattr(self, name) < 1 << 32:
                 raise SettingsError(f"{getattr(self, name)} is not an unsigned int", name, "use 0 to 4294967295")
-        if not (1 <= self.zero_page_colors <= 1 << 16 and self.zero_page_colors.bit_count() == 1):
+        if not (1 <= self.zero_page_colors <= 256 and self.zero_page_colors.bit_count() == 1):
             raise SettingsError(
-                f"{self.zero_page_colors} is no power of two up to 65536",
+                f"{self.zero_page_colors} is no power of two up to 256",
                 "zero_page_colors",
                 "use 1, 2, 4, 8 and so on",
             )
