@@ -36,6 +36,8 @@ bench: setup    ## whole processes beside their peers, rates, memory (10 minutes
 	$(BIN)/python benchmarks/peers.py $(SCRATCH)
 	$(BIN)/python benchmarks/rates.py $(SCRATCH)
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/whatif.py $(SCRATCH)
+	$(BIN)/python benchmarks/capture.py
 
 schemas: setup  ## render schemas/*.json from ksmdist/tables.py
 	$(BIN)/python schemas/render.py

@@ -1,4 +1,4 @@
-"""What a table's definition is made of, and its published form. The tables are in tables.py."""
+"""What a table's definition is made of, and its published form. The tables are in tables/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-__all__ = ["Column", "Key", "Table", "render"]
+__all__ = ["Column", "Key", "Table", "count", "pages", "render"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +92,13 @@ def render(table: Table) -> dict[str, object]:
         "metadata": keys,
         "columns": columns,
     }
+
+
+def count(name: str, doc: str, unit: str) -> Column:
+    """An int64 column of numbers of `unit`."""
+    return Column(name, pa.int64(), doc, unit=unit)
+
+
+def pages(name: str, doc: str) -> Column:
+    """An int64 column of numbers of pages."""
+    return count(name, doc, "pages")

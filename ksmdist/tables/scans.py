@@ -1,9 +1,4 @@
-"""Every table, defined once: columns, types, units, meaning, sort order, version.
-
-`schemas/*.json` and `ksmdist schema` are rendered from here; nothing else defines a column.
-A version number rises when a column goes, changes its name, type or meaning; adding a nullable
-column does not raise it.
-"""
+"""Tables of images, and of what a scan finds in them: the same for any settings of KSM."""
 
 from __future__ import annotations
 
@@ -12,18 +7,15 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from ksmdist.schema import Column, Key, Table
+from ksmdist.schema import Column, Key, Table, pages
 
 __all__ = [
-    "ACCOUNTINGS",
     "CLASSES",
-    "COUNTERS",
-    "EXPLAIN",
     "HOLES",
     "IMAGES",
+    "IMAGE_COLUMN",
     "IMAGE_SPECTRUM",
     "KINDS",
-    "KSM_STAT",
     "MAPPINGS",
     "MEMORY_IMAGE",
     "PAGE",
@@ -34,9 +26,6 @@ __all__ = [
     "SHARD_CONTENT",
     "SPECTRUM",
     "STABLE_TREE",
-    "TABLES",
-    "UNMERGE",
-    "WHATIF",
     "ZERO_COLORS",
 ]
 
@@ -78,16 +67,8 @@ KINDS: tuple[str, ...] = ("zero", "same_filled", "other")
 """Kinds of content; they cut across the classes. A page without bytes of its own has none."""
 
 
-def _count(name: str, doc: str, unit: str) -> Column:
-    return Column(name, pa.int64(), doc, unit=unit)
-
-
-def _pages(name: str, doc: str) -> Column:
-    return _count(name, doc, "pages")
-
-
 _NODE_OR_ALL = Column("numa_node", pa.int16(), "NUMA node, null: all nodes together", unit="node number", nullable=True)
-_IMAGE = Column("image", pa.int32(), "the image's scan_order in table images", unit="index")
+IMAGE_COLUMN = Column("image", pa.int32(), "the image's scan_order in table images", unit="index")
 _NODE_DOC = "NUMA node of the page's frame, 0 where unknown"
 
 MEMORY_IMAGE = Table(
@@ -227,7 +208,7 @@ SHARD_CONTENT = Table(
     sort=("digest", "image", "numa_node", "eligible", "huge", "first_address"),
     columns=(
         _DIGEST,
-        _IMAGE,
+        IMAGE_COLUMN,
         Column("numa_node", pa.int16(), _NODE_DOC, unit="node number"),
         Column("eligible", pa.bool_(), "whether KSM may merge these pages"),
         Column(
@@ -237,7 +218,7 @@ SHARD_CONTENT = Table(
             "page, from 1; 0: of none, and for other contents in huge pages that have no or several zero pages",
             unit="index",
         ),
-        _pages("pages", "pages with this content"),
+        pages("pages", "pages with this content"),
         Column("first_address", pa.uint64(), "lowest address of them", unit="bytes"),
         replace(_REGION, doc="region of the last of them by address, as a place in the image's list; -1 for none"),
         Column(
@@ -264,7 +245,7 @@ STABLE_TREE = Table(
         _DIGEST,
         Column("kind", pa.string(), "zero | same_filled (one 64-bit word repeated) | other"),
         _FILL_WORD,
-        _pages("copies", "eligible pages with this content, in all images and on all nodes"),
+        pages("copies", "eligible pages with this content, in all images and on all nodes"),
         Column("images", pa.int32(), "images that hold it", unit="images"),
         Column("nodes", pa.int32(), "NUMA nodes that hold it", unit="nodes"),
         Column("first_image", pa.string(), "image_id of the first image, in scan order, that holds it"),
@@ -315,7 +296,7 @@ SPECTRUM = Table(
     columns=(
         _NODE_OR_ALL,
         Column("kind", pa.string(), "zero | same_filled | other"),
-        _pages("copies", "copies that each of these contents has"),
+        pages("copies", "copies that each of these contents has"),
         Column(
             "frames",
             pa.int64(),
@@ -338,10 +319,10 @@ IMAGE_SPECTRUM = Table(
     sort=("numa_node", "image", "copies", "before", "here", "region"),
     columns=(
         _NODE_OR_ALL,
-        _IMAGE,
-        _pages("copies", "copies that each of these contents has, in all images"),
-        _pages("before", "copies in images scanned before this one"),
-        _pages("here", "copies in this image"),
+        IMAGE_COLUMN,
+        pages("copies", "copies that each of these contents has, in all images"),
+        pages("before", "copies in images scanned before this one"),
+        pages("here", "copies in this image"),
         Column(
             "region",
             pa.string(),
@@ -366,7 +347,7 @@ MAPPINGS = Table(
         Column("pattern", pa.int32(), "number of the pattern; its rows stand in scan order", unit="index"),
         Column("contents", pa.int64(), "contents with this pattern", unit="contents"),
         Column("kind", pa.string(), "zero | same_filled | other"),
-        _IMAGE,
+        IMAGE_COLUMN,
         Column("region", pa.string(), "region of the last of these pages; null for none", nullable=True),
         Column("numa_node", pa.int16(), _NODE_DOC, unit="node number"),
         Column(
@@ -384,7 +365,7 @@ MAPPINGS = Table(
             unit="index",
             nullable=True,
         ),
-        _pages("pages", "mappings in this row"),
+        pages("pages", "mappings in this row"),
     ),
 )
 
@@ -395,11 +376,11 @@ REGIONS = Table(
     file="regions.parquet",
     sort=("image", "region"),
     columns=(
-        _IMAGE,
+        IMAGE_COLUMN,
         Column("region", pa.string(), "name of the mapping; null where the image names none", nullable=True),
-        *(_pages(name, _PASSED_OVER_DOCS[name]) for name in PASSED_OVER),
-        _pages("absent", "pages without a row for which the image gives no reason: untouched, filtered out, a hole"),
-        *(_pages(name, _REASON_DOCS[name]) for name in REASONS),
+        *(pages(name, _PASSED_OVER_DOCS[name]) for name in PASSED_OVER),
+        pages("absent", "pages without a row for which the image gives no reason: untouched, filtered out, a hole"),
+        *(pages(name, _REASON_DOCS[name]) for name in REASONS),
     ),
 )
 
@@ -414,8 +395,8 @@ ZERO_COLORS = Table(
     sort=("color",),
     columns=(
         Column("color", pa.int32(), "number of the zero page", unit="index"),
-        _pages("zero", "eligible pages full of zeros in frames of their own, and those KSM had placed"),
-        _pages("zero_mapped_fault", "pages that a read fault has mapped to it"),
+        pages("zero", "eligible pages full of zeros in frames of their own, and those KSM had placed"),
+        pages("zero_mapped_fault", "pages that a read fault has mapped to it"),
     ),
 )
 
@@ -452,38 +433,14 @@ IMAGES = Table(
         Column("format", pa.string(), "format it was read from"),
         Column("host", pa.string(), "host it was taken on, empty if unknown"),
         Column("tenant", pa.string(), "its owner, empty if unknown"),
-        _pages("total", "pages present and read: the sum of the classes below"),
-        _pages("absent", "pages with no bytes in the image: never touched, left out by the dump, a hole in the file"),
-        _pages("unreadable", "pages that should be in the image but could not be read: the sum over its holes"),
-        *(_pages(name, _CLASS_DOCS[name]) for name in CLASSES),
-        *(_pages(f"kind_{name}", _KIND_DOCS[name]) for name in KINDS),
-        _pages("shared_within", "non-zero eligible pages whose content this image holds twice or more"),
-        _pages("shared_with_others", "non-zero eligible pages whose content another image holds too"),
-        _pages("frames_known", "eligible pages with bytes of their own whose frame the image names"),
-    ),
-)
-
-KSM_STAT = Table(
-    name="ksm_stat",
-    version=1,
-    doc="A row for each image: what /proc/PID/ksm_stat would show of its process, for this run's settings.",
-    file="ksm_stat.parquet",
-    sort=("image",),
-    columns=(
-        _IMAGE,
-        Column("image_id", pa.string(), "name of the image"),
-        Column("ksm_rmap_items", pa.int64(), "rmap items of the process", unit="rmap items"),
-        replace(_pages("ksm_zero_pages", "its pages mapped to the zero page by KSM; null: not shown"), nullable=True),
-        _pages("ksm_merging_pages", "its pages that are merged, the first of each node too"),
-        Column(
-            "ksm_process_profit",
-            pa.int64(),
-            "(ksm_merging_pages + ksm_zero_pages) x page_size - ksm_rmap_items x 64; null: not shown",
-            unit="bytes",
-            nullable=True,
-        ),
-        _pages("smaps_ksm_pages", "sum of KSM: in its smaps, in pages; zero pages are not in it"),
-        _pages("nodes_within", "KSM pages that only this image maps: free again if it alone is unmerged"),
+        pages("total", "pages present and read: the sum of the classes below"),
+        pages("absent", "pages with no bytes in the image: never touched, left out by the dump, a hole in the file"),
+        pages("unreadable", "pages that should be in the image but could not be read: the sum over its holes"),
+        *(pages(name, _CLASS_DOCS[name]) for name in CLASSES),
+        *(pages(f"kind_{name}", _KIND_DOCS[name]) for name in KINDS),
+        pages("shared_within", "non-zero eligible pages whose content this image holds twice or more"),
+        pages("shared_with_others", "non-zero eligible pages whose content another image holds too"),
+        pages("frames_known", "eligible pages with bytes of their own whose frame the image names"),
     ),
 )
 
@@ -496,7 +453,7 @@ HOLES = Table(
     columns=(
         Column("image_id", pa.string(), "name of the image"),
         Column("address", pa.uint64(), "first address of the range, page-aligned", unit="bytes"),
-        _pages("pages", "length of the range"),
+        pages("pages", "length of the range"),
         Column(
             "reason",
             pa.string(),
@@ -505,180 +462,3 @@ HOLES = Table(
         ),
     ),
 )
-
-_KNOBS = (
-    Column("use_zero_pages", pa.bool_(), "setting: zero pages are mapped to the shared zero page"),
-    Column(
-        "max_page_sharing",
-        pa.int64(),
-        "setting: most pages that share one KSM page; null: unlimited",
-        unit="pages",
-        nullable=True,
-    ),
-    Column("merge_across_nodes", pa.bool_(), "setting: pages of different NUMA nodes may be merged"),
-)
-_TREE_COUNTERS = (
-    _pages("pages_shared", "KSM pages (stable nodes) in use"),
-    _pages("pages_sharing", "pages that share them beyond the first of each"),
-    _pages("pages_unshared", "pages in the unstable tree: looked at in the last scan, with no partner"),
-    _pages(
-        "pages_volatile", "pages with an rmap item in neither tree: changed, skipped, or a fork twin of one waiting"
-    ),
-    Column("stable_node_chains", pa.int64(), "contents with more than one stable node", unit="contents"),
-    Column("stable_node_dups", pa.int64(), "stable nodes in those chains", unit="stable nodes"),
-    Column("rmap_items", pa.int64(), "rmap items KSM keeps, 64 bytes each", unit="rmap items"),
-)
-_SAVED = Column(
-    "saved_bytes",
-    pa.int64(),
-    "merged pages less the KSM pages kept for them, in bytes, as if each had a frame of its own before; KSM's own cost "
-    "not taken off",
-    unit="bytes",
-)
-_PHYSICAL_PROFIT = Column(
-    "physical_profit",
-    pa.int64(),
-    "frames that are really freed, in bytes, less all that KSM keeps (rmap items and stable nodes of 64 bytes, an "
-    "mm_slot of 48 for each image); null where frames are not known",
-    unit="bytes",
-    nullable=True,
-)
-
-COUNTERS = Table(
-    name="counters",
-    version=1,
-    doc=(
-        "One row: the kernel's counters for this run's settings, as /sys/kernel/mm/ksm would show them on static "
-        "memory, and ours. Null: this kernel does not have the counter, or no number of scans was given."
-    ),
-    file="counters.parquet",
-    sort=(),
-    columns=(
-        Column("page_size", pa.int64(), "size of a page", unit="bytes"),
-        Column("kernel", pa.string(), "setting: the Linux whose rules are followed"),
-        *_KNOBS,
-        Column("smart_scan", pa.bool_(), "setting: skip pages that found no partner for a while"),
-        replace(_count("full_scans", "setting: scans done; null: as many as it takes", "scans"), nullable=True),
-        *_TREE_COUNTERS,
-        replace(_pages("pages_skipped", "visits left out by smart_scan"), nullable=True),
-        replace(_pages("pages_scanned", "visits in all these scans, without those skipped"), nullable=True),
-        replace(_pages("ksm_zero_pages", "pages mapped to the shared zero page by KSM"), nullable=True),
-        Column(
-            "general_profit",
-            pa.int64(),
-            "(pages_sharing + ksm_zero_pages) x page_size - rmap_items x 64, with its sign",
-            unit="bytes",
-            nullable=True,
-        ),
-        _pages("zero_merges", "zero pages that end up merged, with each other or with the zero page"),
-        _pages("content_merges", "other pages that end up merged"),
-        _SAVED,
-        _pages(
-            "thp_zero_pages",
-            "zero pages that go to the shared zero page as KSM splits their huge page (Linux 6.12 and up): freed, and "
-            "in no counter of the kernel",
-        ),
-        replace(_pages("frames_saved", "frames that are really freed; null where frames are not known"), nullable=True),
-        _PHYSICAL_PROFIT,
-    ),
-)
-
-EXPLAIN = Table(
-    name="explain",
-    version=1,
-    doc="Why pages are merged or not, by image and region, for some settings. Printed by `ksmdist explain`, not kept.",
-    file="",
-    sort=("image_id", "region", "reason"),
-    columns=(
-        Column("image_id", pa.string(), "name of the image"),
-        Column("region", pa.string(), "name of the mapping; null where the image names none", nullable=True),
-        Column("reason", pa.string(), "merged, or why not: a name of docs/ksm.md, explain"),
-        _pages("pages", "pages of which this is so"),
-    ),
-)
-
-UNMERGE = Table(
-    name="unmerge",
-    version=1,
-    doc="What MADV_UNMERGEABLE of one image, or of all, brings back. Printed by `ksmdist unmerge`, not kept.",
-    file="",
-    sort=("image_id",),
-    columns=(
-        Column(
-            "image_id", pa.string(), "name of the image unmerged by itself; null: all together (run=2)", nullable=True
-        ),
-        _pages("pages_unshared", "pages that get a frame of their own again"),
-        _pages("zero_pages_given_back", "of them, pages that were on the shared zero page; 0 before Linux 6.6"),
-        _pages("zero_pages_kept", "pages that stay on the shared zero page, because this kernel does not know of them"),
-        _pages("frames_freed", "KSM pages that nobody maps any more"),
-        _pages("frames_needed", "frames needed: pages unshared less KSM pages freed"),
-        Column("bytes_needed", pa.int64(), "frames needed, in bytes", unit="bytes"),
-    ),
-)
-
-ACCOUNTINGS: tuple[str, ...] = ("stable_tree", "untracked", "rmap_tracked", "all_zero_mappings", "pte_dirty")
-"""Ways to account for zero pages that KSM places, as the kernel had or discussed them (docs/ksm.md)."""
-
-WHATIF = Table(
-    name="whatif",
-    version=1,
-    doc=(
-        "A row for each combination of use_zero_pages, max_page_sharing, merge_across_nodes and way to account for "
-        "zero pages (stable_tree is use_zero_pages off; the other four are ways to have it on): what the kernel would "
-        "show, what it would really save, and what unmerging gives back."
-    ),
-    file="whatif.parquet",
-    sort=("use_zero_pages", "accounting", "max_page_sharing", "merge_across_nodes"),
-    columns=(
-        Column("accounting", pa.string(), " | ".join(ACCOUNTINGS)),
-        *_KNOBS,
-        *_TREE_COUNTERS,
-        Column("rmap_item_bytes", pa.int64(), "memory the rmap items take", unit="bytes"),
-        _pages("zero_merges", "zero pages that end up merged, with each other or with the zero page"),
-        _pages("content_merges", "other pages that end up merged"),
-        replace(
-            _pages(
-                "zero_pages_counted",
-                "what the counter of zero pages shows: those KSM placed; with all_zero_mappings those of read faults "
-                "too; null where nothing counts them",
-            ),
-            nullable=True,
-        ),
-        Column(
-            "general_profit",
-            pa.int64(),
-            "as a kernel with this accounting computes it from its own counters, with its sign",
-            unit="bytes",
-        ),
-        _pages("frames_kept", "KSM pages: frames kept for what is merged; the shared zero page is not KSM's"),
-        _SAVED,
-        Column("profit", pa.int64(), "saved_bytes less rmap_item_bytes, with its sign", unit="bytes"),
-        _PHYSICAL_PROFIT,
-        _pages("zero_pages_given_back", "zero pages that get frames of their own from MADV_UNMERGEABLE or run=2"),
-        _pages("unmerge_frames", "frames that unmerging everything needs"),
-        Column("present", pa.bool_(), "whether these are the run's own settings and its kernel's accounting"),
-    ),
-)
-
-TABLES: Mapping[str, Table] = {
-    table.name: table
-    for table in (
-        MEMORY_IMAGE,
-        PAGE,
-        SHARD_CONTENT,
-        STABLE_TREE,
-        SPECTRUM,
-        IMAGE_SPECTRUM,
-        MAPPINGS,
-        REGIONS,
-        ZERO_COLORS,
-        IMAGES,
-        HOLES,
-        COUNTERS,
-        KSM_STAT,
-        WHATIF,
-        EXPLAIN,
-        UNMERGE,
-    )
-}
-"""All tables by name."""
