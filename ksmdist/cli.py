@@ -246,7 +246,12 @@ def verify_command(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the first random experiment.")] = 0,
     live: Annotated[
-        list[int] | None, typer.Option("--live", metavar="PID", help="Compare running processes; no knob is written.")
+        list[int] | None,
+        typer.Option(
+            "--live",
+            metavar="PID",
+            help="Compare running processes, which are stopped while they are captured; no knob is written.",
+        ),
     ] = None,
     use_zero_pages: Annotated[bool, typer.Option("--use-zero-pages", help="For --layout.")] = False,
     max_page_sharing: Annotated[int, typer.Option("--max-page-sharing", help="For --layout.")] = 256,

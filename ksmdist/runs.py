@@ -63,7 +63,13 @@ def load(path: str | os.PathLike[str]) -> Run:
         ) from None
     tables = {t.name: store.read_table(directory, t) for t in (IMAGES, SPECTRUM, IMAGE_SPECTRUM, MAPPINGS)}
     regions, ksm_stat = (store.read_table(directory, table) for table in (REGIONS, KSM_STAT))
-    return Run(directory, summary, settings, Sharing.from_tables(tables), regions, ksm_stat, caveats)
+    try:
+        sharing = Sharing.from_tables(tables)
+    except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
+        raise RunDirectoryError(
+            f"has tables that are not what they should be: {error}", str(directory), "run the images again"
+        ) from None
+    return Run(directory, summary, settings, sharing, regions, ksm_stat, caveats)
 
 
 def whatif(run: Run | str | os.PathLike[str], settings: Settings) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from ksmdist.engines import choose
 from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.settings import Settings
 from ksmdist.store import read_table
-from ksmdist.tables import SPECTRUM, STABLE_TREE, TABLES
+from ksmdist.tables import MAPPINGS, SPECTRUM, STABLE_TREE, TABLES
 
 from .conftest import PAGE, ZERO, MakeImage, manifest, oracle, page, table_files
+from .layouts import layout_images
 
 KEPT = [table for table in TABLES.values() if table.file.endswith(".parquet") and table is not STABLE_TREE]
 """Tables that every run keeps, besides the stable tree."""
@@ -112,6 +113,22 @@ def test_ray_gives_the_same_bytes(cluster: str, tmp_path: Path) -> None:
             run = ksmdist.run(list(reversed(paths)), out, wanted, "ray", cluster)
             assert run.summary["engine"] == "ray"
             assert table_files(run.path) == table_files(inline.path)
+
+
+@pytest.mark.ray
+def test_ray_follows_forked_processes_too(cluster: str, tmp_path: Path) -> None:
+    layouts: list[dict[str, Any]] = [
+        {"layout": "00aabbUUr.abc0"},
+        {"layout": "-----U-a-.---0", "forked_from": 0},
+        {"layout": "000aab0"},
+    ]
+    paths = layout_images(tmp_path, layouts)
+    for ranges in (1, 4):
+        inline = ksmdist.run(paths, tmp_path / f"inline{ranges}", Settings(ranges=ranges, max_page_sharing=2), "inline")
+        wanted = Settings(ranges=ranges, max_page_sharing=2, shard_pages=5)
+        run = ksmdist.run(paths[::-1], tmp_path / f"ray{ranges}", wanted, "ray", cluster)
+        assert table_files(run.path) == table_files(inline.path)
+        assert len(read_table(run.path, MAPPINGS)) > 10
 
 
 @pytest.mark.ray

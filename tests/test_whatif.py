@@ -341,6 +341,14 @@ def test_page_sizes_and_colours_of_zero_pages(tmp_path: Path, page_size: int) ->
 def test_what_is_no_run(tmp_path: Path, forked: ksmdist.Run) -> None:
     with pytest.raises(RunDirectoryError, match="is no run directory"):
         ksmdist.load(tmp_path / "nothing")
+    spectrum = (forked.path / "image_spectrum.parquet").read_bytes()
+    (forked.path / "image_spectrum.parquet").write_bytes((forked.path / "counters.parquet").read_bytes())
+    with pytest.raises(RunDirectoryError, match="not what they should be"):
+        ksmdist.load(forked.path)
+    (forked.path / "image_spectrum.parquet").write_bytes(spectrum[:-20])
+    with pytest.raises(RunDirectoryError, match="no readable table image_spectrum"):
+        ksmdist.load(forked.path)
+    (forked.path / "image_spectrum.parquet").write_bytes(spectrum)
     manifest = json.loads((forked.path / "run.json").read_text())
     for change, message in (
         ({"run_version": 1}, "of version 1"),
