@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -23,6 +22,7 @@ from ksmdist.errors import ImageReadError, RunDirectoryError, SettingsError
 from ksmdist.images import Hole, write_image
 from ksmdist.images.live import LiveImage
 from ksmdist.images.proc import Machine, Stat, parse_stat
+from ksmdist.signals import Signals
 
 __all__ = ["Captured", "Progress", "capture", "members", "select", "stand_still"]
 
@@ -234,46 +234,6 @@ def _anonymous_pages(pid: int) -> int:
     return int(fields[1]) - int(fields[2])  # resident, less those of files
 
 
-class _Signals:
-    """SIGINT, SIGTERM and SIGHUP as exceptions, the first one alone: nothing interrupts what undoes the pause."""
-
-    def __init__(self) -> None:
-        self._held = False
-        self._pending = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                before = signal.getsignal(number)
-                if before in (signal.SIG_DFL, signal.default_int_handler):
-                    self._before[number] = before
-                    signal.signal(number, self._came)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-        if self._pending:
-            self._raise(self._pending)
-
-    def hold(self) -> None:
-        """From now on, a signal waits until the end."""
-        self._held = True
-
-    def _came(self, number: int, _: object) -> None:
-        if self._held:
-            self._pending = number
-        else:
-            self._held = True
-            self._raise(number)
-
-    def _raise(self, number: int) -> None:
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + number)
-
-
 @contextmanager
 def stand_still(pids: Sequence[int], cgroup: str | None = None) -> Iterator[None]:
     """The processes stopped, and `cgroup` frozen where it has a freezer and this process is not in it.
@@ -282,7 +242,7 @@ def stand_still(pids: Sequence[int], cgroup: str | None = None) -> Iterator[None
     Raises ImageReadError without permission, or where one does not stop in time.
     """
     undo: list[Callable[[], None]] = []
-    with _Signals() as signals:
+    with Signals() as signals:
         try:
             try:
                 _freeze_or_stop(set(pids), cgroup, undo)

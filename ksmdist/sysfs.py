@@ -10,19 +10,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import signal
 import stat
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from ksmdist.errors import EngineError
+from ksmdist.signals import Signals
 
 __all__ = ["KNOBS_FROZEN_BY_MERGES", "Ksm"]
 
@@ -34,7 +31,6 @@ _ALL_PAGES = 1 << 30
 _LONG_MS = 1 << 30
 _POLL_S = 0.0002
 _NUDGE_S = 0.05
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _lock_file() -> Path:
@@ -114,7 +110,7 @@ class Ksm:
         """
         if "run" not in self.knobs() or not os.access(self.root / "run", os.W_OK):
             raise EngineError("KSM cannot be switched on", str(self.root / "run"), "run as root, on the host itself")
-        with self.locked(), _Signals() as signals:
+        with self.locked(), Signals() as signals:
             knobs = self.knobs()
             # Only one signal is ever raised: where it falls between the block and hold(), the outer one is left.
             try:
@@ -242,39 +238,3 @@ class Ksm:
 
 
 _EVER_RISING = ("full_scans", "pages_scanned", "pages_skipped")
-
-
-class _Signals:
-    """Signals that end a process as exceptions, the first of them only, for the time of a block.
-
-    Handlers and no mask: in a process with threads a masked signal just goes to another one.
-    """
-
-    def __init__(self) -> None:
-        self._handlers: dict[signal.Signals, Any] = {}
-        self._holding = self._raised = False
-        self._waiting: int | None = None
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._handlers[number] = signal.signal(number, self._arrived)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self._waiting is not None and not self._raised:
-            os.kill(os.getpid(), self._waiting)
-
-    def hold(self) -> None:
-        """From now on signals wait for the end."""
-        self._holding = True
-
-    def _arrived(self, number: int, frame: FrameType | None) -> None:
-        if self._holding:
-            self._waiting = number
-            return
-        self._holding = self._raised = True
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
