@@ -165,7 +165,8 @@ def _captured(
     try:
         at = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         image.look(mergeable_only, stopped)
-        image_id = f"{image.stat.comm}-{pid}"
+        # A process chooses its name; it is printed on a terminal.
+        image_id = "".join(c if c.isprintable() else "_" for c in f"{image.stat.comm}-{pid}")
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         write_image([image], str(partial), image_id, at, f"Linux {os.uname().release}")
         os.replace(partial, target)

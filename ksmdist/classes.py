@@ -89,7 +89,7 @@ def classify(page: pa.RecordBatch, image: int, settings: Settings, regions: np.n
     by_region = np.bincount(row * np.int32(len(REASONS)) + reason, minlength=(len(regions) + 1) * len(REASONS))
     numbers = np.append(regions, np.int32(-1))[row]
 
-    thp = _huge_pages(address, flag("huge") & ~flag("locked") & has_bytes, zero, settings.page_size)
+    thp = _huge_pages(address, flag("huge") & ~flag("locked") & has_bytes & may, zero, settings.page_size)
     # A page that KSM mapped to the zero page was a zero page with a frame of its own before.
     zeros = zero | (may & by_ksm)
     framed = present(page.column("frame")) & has_bytes

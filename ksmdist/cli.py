@@ -28,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it would take [heap] and [default: ...] for markup
     help=(
         "What Linux KSM would merge in memory images, and what that would save.\n\n"
         "Exit codes: 0 done; 1 failed; 2 wrong arguments; 3 done, but some pages could not be read; "
@@ -171,6 +172,7 @@ def import_command(
             raise RunDirectoryError("exists", str(target), "choose another name with -o, or remove it")
         partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
         try:
+            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             lost = images.write_image(group, str(partial), name)
             os.replace(partial, target)
         except OSError as error:

@@ -104,7 +104,7 @@ def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[
     shared = shared_frames(content_of, host[image], number, framed)
     forked = group_any(shared >= 0, starts)
     ordered = forked | (kind == _ZERO)
-    rows = _Rows(content_of, image, node, pages, address, region)
+    rows = _Rows(content_of, image, node, pages, address, region, huge)
     spectrum, image_spectrum = _spectra(rows, shared, kind, ordered)
     nodes = _nodes(content_of, node, len(starts))
     chosen = np.flatnonzero(ordered[content_of])
@@ -142,7 +142,7 @@ def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Eligible rows of `shard_content`, sorted by content, image, node, address; content: its number."""
+    """Eligible rows of `shard_content`, sorted by content, image, node, huge, address; content: its number."""
 
     content: np.ndarray
     image: np.ndarray
@@ -150,6 +150,7 @@ class _Rows:
     pages: np.ndarray
     address: np.ndarray
     region: np.ndarray
+    huge: np.ndarray
 
 
 def _per_image(image: np.ndarray, pages: np.ndarray, facts: Sequence[np.ndarray]) -> np.ndarray:
@@ -171,6 +172,7 @@ def _nodes(content: np.ndarray, node: np.ndarray, contents: int) -> np.ndarray:
 def _spectra(rows: _Rows, shared: np.ndarray, kind: np.ndarray, ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """RangeTree.spectrum and image_spectrum, over all nodes and for each; image_spectrum without `ordered` contents."""
     one_node = bool((rows.node == rows.node[0]).all())
+    mixed = not one_node or bool(rows.huge.any())
     spectra, by_image = [], []
     for node in [ALL_NODES] if one_node else [ALL_NODES, *np.unique(rows.node).tolist()]:
         at = np.arange(len(rows.node)) if node == ALL_NODES else np.flatnonzero(rows.node == node)
@@ -181,7 +183,7 @@ def _spectra(rows: _Rows, shared: np.ndarray, kind: np.ndarray, ordered: np.ndar
         few = ordered[which] | (copies > _MANY)
         for some in (~few, few):  # apart, the many small numbers are counted without a sort
             spectra.append(_table(node, *count_rows([kind[which][some], copies[some], frames[some]])))
-        by_image.append(_image_rows(node, rows, at[~ordered[content]], not one_node))
+        by_image.append(_image_rows(node, rows, at[~ordered[content]], mixed))
     if one_node:
         node = int(rows.node[0])
         spectra += [_with_node(table, node) for table in spectra]
@@ -200,7 +202,7 @@ def _frames(copies: np.ndarray, starts: np.ndarray, shared: np.ndarray) -> np.nd
 
 
 def _image_rows(node: int, rows: _Rows, at: np.ndarray, mixed: bool) -> np.ndarray:
-    """image_spectrum rows of the contents that rows `at` hold; mixed: they may be of several nodes."""
+    """image_spectrum rows of the contents that rows `at` hold; mixed: they are not by address in an image."""
     if len(at) == 0:
         return np.zeros((0, 7), np.int64)
     if mixed:

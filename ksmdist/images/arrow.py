@@ -104,6 +104,8 @@ class ArrowImage:
         for name in ("address", "flags", "numa_node"):
             if batch.column(name).null_count:
                 raise ImageError(f"has nulls in column {name}, near row {row}", self._path, _HINT)
+        if len(batch) and int(values(batch.column("numa_node")).min()) < 0:
+            raise ImageError(f"has a numa_node below 0, near row {row}", self._path, _HINT)
         region = codes(batch.column("region"))
         if len(region) and not -1 <= int(region.min()) <= int(region.max()) < len(self.info.regions):
             raise ImageError(f"column region near row {row} names no region", self._path, _HINT)

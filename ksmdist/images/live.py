@@ -314,6 +314,15 @@ class LiveImage:
             moved = named & ((proc.read_pagemap(self._pagemap, address) ^ entry) & proc.PM_FRAME != 0)
             named &= ~moved  # copied or merged meanwhile: the content is of the one frame or of the other
             exclusive &= ~moved
+            if moved.any():
+                # Gone and there again meanwhile: what was read between may be the shared zero page.
+                content = content.reshape(-1, self._size)
+                empty = np.zeros(len(entry), bool)
+                some = np.flatnonzero(moved[valid])
+                empty[np.flatnonzero(valid)[some]] = ~content[some].any(axis=1)
+                if empty.any():
+                    content = content[~empty[valid]]
+                    valid &= ~empty
         said = named & ((kpf & proc.KPF_KSM) != 0)
         ksm = said if self._machine.kpf_ksm else valid & ~exclusive & self._has_ksm[vma]
         huge |= (kpf & proc.KPF_THP) != 0

@@ -67,6 +67,11 @@ def headline(summary: Mapping[str, Any]) -> str:
     size = summary["settings"]["page_size"]
     total = pages["total"] * size
     merged = merges["zero"] + merges["content"]
+    if pages["ineligible"] and pages["ineligible"] == pages["total"]:
+        return (
+            f"KSM would save nothing of these {format_bytes(total)}: no page is in a mapping marked mergeable; "
+            "`run --eligible all` counts them as if all were."
+        )
     if not merged:
         return f"KSM would save nothing of these {format_bytes(total)}: no two eligible pages are the same."
     saved, claim = merges["saved_bytes"], ""
