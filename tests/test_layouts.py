@@ -18,6 +18,8 @@ from ksmdist.errors import EngineError, SettingsError
 from ksmdist.layouts import Experiment, Process, page_content, parse_process, random_experiment, running
 from ksmdist.sysfs import Ksm
 
+from .conftest import unavailable
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -26,7 +28,7 @@ def alone() -> Iterator[None]:
     """Mergeable memory would show in the counts of an experiment going on elsewhere."""
     ksm = Ksm()
     if not ksm.root.exists():
-        pytest.skip(f"no KSM in this kernel: {ksm.root} is not there")
+        unavailable(f"no KSM in this kernel: {ksm.root} is not there")
     with ksm.locked():
         yield
 
