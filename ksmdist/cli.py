@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ksmdist import counters, images, pipeline, report, runs, schema, store, tables
+from ksmdist.checkpoint import unfinished
 from ksmdist.errors import EXIT_HOLES, EXIT_INTERRUPTED, KsmdistError, RunDirectoryError, SettingsError
 from ksmdist.explain import explain
 from ksmdist.settings import KERNELS, Settings
@@ -36,7 +38,32 @@ app = typer.Typer(
     ),
 )
 
-_Sources = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Memory images: Arrow, raw or ELF core.")]
+_Sources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="IMAGE...",
+        help="Memory images (Arrow, raw or ELF core): paths, globs, directories, URIs (s3://, gs://, abfss://, "
+        "hdfs://), or node://NAME/path for what one node of the cluster has.",
+    ),
+]
+_Manifest = Annotated[
+    str | None,
+    typer.Option("--manifest", metavar="FLEET", help="A YAML or Parquet file that names images; docs/clusters.md."),
+]
+_TaskMemory = Annotated[
+    int | None,
+    typer.Option("--task-memory", metavar="MIB", help="Most memory of a task, in MiB. [default: by the machines]"),
+]
+_ShardPages = Annotated[
+    int | None, typer.Option("--shard-pages", help="Pages in a shard. [default: by the size of the input]")
+]
+_Ranges = Annotated[
+    int | None, typer.Option("--ranges", help="Digest ranges, a power of two. [default: by the size of the input]")
+]
+_FanIn = Annotated[
+    int,
+    typer.Option("--fan-in", metavar="N", help="Most results of scans that a merge reads; more are combined first."),
+]
 _PageSize = Annotated[int, typer.Option("--page-size", help="Bytes in a page.")]
 _Format = Annotated[
     str | None, typer.Option("--format", help="Force the format: arrow, elf or raw. [default: by magic]")
@@ -89,8 +116,17 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command("run")
 def run_command(
-    sources: _Sources,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="The run directory to write.")],
+    sources: _Sources = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="RUN", help="The run directory to write; required.")
+    ] = None,
+    manifest: _Manifest = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="RUN", help="Take up an unfinished run; no IMAGE, no setting.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail if a node that has images is not in the cluster.")
+    ] = False,
     format: _Format = None,
     page_size: _PageSize = 4096,
     use_zero_pages: _UseZeroPages = None,
@@ -110,16 +146,21 @@ def run_command(
     ] = "flagged",
     engine: _Engine = "auto",
     address: _Address = None,
-    shard_pages: Annotated[
-        int | None, typer.Option("--shard-pages", help="Pages in a shard. [default: by the size of the input]")
-    ] = None,
-    ranges: Annotated[
-        int | None, typer.Option("--ranges", help="Digest ranges, a power of two. [default: by the size of the input]")
-    ] = None,
+    shard_pages: _ShardPages = None,
+    ranges: _Ranges = None,
+    task_memory: _TaskMemory = None,
+    fan_in: _FanIn = 1024,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
     """Scan memory images, merge what they share, and count it as KSM would."""
+    if resume is not None:
+        if sources or manifest or out is not None:
+            raise SettingsError("goes with no images and no -o: the run knows them", "--resume", "leave them out")
+        _show(resume, lambda bar: pipeline.resume(resume, engine, address, bar), as_json, quiet)
+        return
+    if out is None:
+        raise typer.BadParameter("Missing option '--out' / '-o': the run directory to write.")
     settings = Settings(
         page_size=page_size,
         zero_page_colors=zero_page_colors,
@@ -127,6 +168,8 @@ def run_command(
         format=format,
         shard_pages=shard_pages,
         ranges=ranges,
+        task_memory=None if task_memory is None else task_memory << 20,
+        fan_in=fan_in,
     )
     settings = _with_knobs(
         settings,
@@ -139,7 +182,45 @@ def run_command(
         pages_to_scan=pages_to_scan,
         sleep_millisecs=sleep_millisecs,
     )
-    _run_and_show(sources, out, settings, engine, address, as_json, quiet)
+    _show(
+        out,
+        lambda bar: pipeline.run(sources or [], out, settings, engine, address, bar, manifest, strict),
+        as_json,
+        quiet,
+    )
+
+
+@app.command("plan")
+def plan_command(
+    sources: _Sources = None,
+    manifest: _Manifest = None,
+    format: _Format = None,
+    page_size: _PageSize = 4096,
+    engine: _Engine = "auto",
+    address: _Address = None,
+    shard_pages: _ShardPages = None,
+    ranges: _Ranges = None,
+    task_memory: _TaskMemory = None,
+    fan_in: _FanIn = 1024,
+    cpus: Annotated[
+        int | None, typer.Option("--cpus", metavar="N", help="Of a cluster that is to be. [default: what there is]")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Say what a run would do and take: shards, ranges, memory, network, time. No page is read."""
+    settings = Settings(
+        page_size=page_size,
+        format=format,
+        shard_pages=shard_pages,
+        ranges=ranges,
+        task_memory=None if task_memory is None else task_memory << 20,
+        fan_in=fan_in,
+    )
+    settings, estimate, choice = pipeline.estimate(sources or [], settings, engine, address, manifest, cpus)
+    if as_json:
+        print(json.dumps({"plan": estimate.as_dict(), "engine": choice.name, "settings": settings.as_dict()}))
+    else:
+        report.render_plan(estimate, settings, choice.name, sys.stdout)
 
 
 @app.command("import")
@@ -317,7 +398,8 @@ def demo_command(
         raise RunDirectoryError(
             f"cannot be written: {os.strerror(error.errno or 0)}", str(directory), "choose another directory"
         ) from None
-    _run_and_show([str(path) for path in made], out, Settings(), engine, None, as_json, quiet)
+    paths = [str(path) for path in made]
+    _show(out, lambda bar: pipeline.run(paths, out, Settings(), engine, None, bar), as_json, quiet)
 
 
 @app.command("schema")
@@ -459,25 +541,38 @@ def _of_image(rows: list[dict[str, Any]], image: str | None, run: runs.Run) -> l
     return [row for row in rows if row["image_id"] == image]
 
 
-def _run_and_show(
-    sources: list[str], out: Path, settings: Settings, engine: str, address: str | None, as_json: bool, quiet: bool
-) -> None:
-    bar = None if quiet or not sys.stderr.isatty() else report.Bar(sys.stderr)
+def _show(out: Path, run: Callable[[pipeline.Progress | None], runs.Run], as_json: bool, quiet: bool) -> None:
+    """Run, tell how it goes, and print what it found."""
+    watching = sys.stderr.isatty()
+    told: report.Bar | report.Log | None = (
+        None if quiet else report.Bar(sys.stderr) if watching else report.Log(sys.stderr)
+    )
     try:
-        done = pipeline.run(sources, out, settings, engine, address, bar)
+        done = run(told)
     except KeyboardInterrupt:
-        print("ksmdist: interrupted; nothing was written", file=sys.stderr)
+        kept = unfinished(out)
+        said = f"{kept} finished tasks are kept: ksmdist run --resume {out}" if kept else "nothing was written"
+        print(f"ksmdist: interrupted; {said}", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
-        if bar is not None:
-            bar.close()
+        if told is not None:
+            told.close()
     processes = done.ksm_stat.to_pylist()
     if as_json:
         print(json.dumps({**done.summary, "processes": processes}))
     else:
         report.render(done.summary, done.images, processes, done.caveats, sys.stdout)
-    if done.holes:
-        print(f"{done.holes} pages could not be read: {out / 'holes.parquet'} lists them", file=sys.stderr)
+    if not done.complete:
+        listed = out / "holes.parquet"
+        if done.holes:
+            print(f"{done.holes} pages could not be read: {listed} lists them", file=sys.stderr)
+        if done.out_of_reach:
+            count = len(done.out_of_reach)
+            names = ", ".join(done.out_of_reach[:10]) + (" ..." if count > 10 else "")
+            print(
+                f"{count} images are on nodes that are not in the cluster: {names}: {listed} lists them",
+                file=sys.stderr,
+            )
         raise typer.Exit(EXIT_HOLES)
 
 

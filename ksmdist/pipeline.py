@@ -1,29 +1,36 @@
-"""The flow, once, top to bottom: images -> shards -> digests, classes -> ranges -> tree -> counters."""
+"""The flow, once, top to bottom: images -> shards -> digests, classes -> ranges -> tree -> counters.
+
+This is what the driver does: it plans, hands out tasks, adds up what they tell, and writes the small
+tables. It touches no page, and no table that grows with pages; stages.py is what workers do.
+"""
 
 from __future__ import annotations
 
-import bisect
 import functools
 import os
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from ksmdist import classes, counters, digests, engines, identities, images, shards, store, tree
-from ksmdist.classes import Classified
+from ksmdist import checkpoint, counters, engines, fleet, identities, images, plan, runs, scanned, stages, store, tree
+from ksmdist.checkpoint import Checkpoint
 from ksmdist.counters import Prediction
-from ksmdist.errors import ImageError, SettingsError
-from ksmdist.images import Hole, ImageInfo
-from ksmdist.mappings import Patterns, add_patterns, mark_split
+from ksmdist.engines import Engine, Stage
+from ksmdist.errors import EngineError, KsmdistError, RunDirectoryError, SettingsError
+from ksmdist.fleet import Source
+from ksmdist.images import ImageInfo
+from ksmdist.mappings import add_patterns, mark_split
+from ksmdist.plan import Estimate, Plan
 from ksmdist.runs import Run
+from ksmdist.scanned import Opened, Scanned
 from ksmdist.settings import Settings
-from ksmdist.shards import Shard
 from ksmdist.sharing import Sharing
 from ksmdist.tables import (
     CLASSES,
@@ -32,10 +39,7 @@ from ksmdist.tables import (
     IMAGES,
     KINDS,
     KSM_STAT,
-    PASSED_OVER,
-    REASONS,
     REGIONS,
-    STABLE_TREE,
     TABLES,
     WHATIF,
     ZERO_COLORS,
@@ -43,7 +47,13 @@ from ksmdist.tables import (
 from ksmdist.version import __version__
 from ksmdist.whatif import grid
 
-__all__ = ["NoProgress", "Progress", "run"]
+__all__ = ["NoProgress", "Progress", "estimate", "resume", "run"]
+
+_SOURCES_A_TASK = 16  # looked at by one task
+_FOLD_ROWS = 1 << 22  # rows of spectra that the driver keeps before it adds them up
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Progress(Protocol):
@@ -61,6 +71,9 @@ class Progress(Protocol):
     def merged(self, ranges: int) -> None:
         """One more of so many ranges is merged."""
 
+    def stage(self, line: str) -> None:
+        """A stage is done: what, how much, how long."""
+
 
 class NoProgress:
     """Tells nobody."""
@@ -69,113 +82,7 @@ class NoProgress:
     def scanning(self, pages: int, page_size: int) -> None: ...
     def scanned(self, pages: int) -> None: ...
     def merged(self, ranges: int) -> None: ...
-
-
-@dataclass(slots=True)
-class _Scanned:
-    """What a scan tells the driver of an image: pages by class, kind, region and colour of the zero page."""
-
-    classes: np.ndarray
-    kinds: np.ndarray
-    regions: np.ndarray
-    colors: np.ndarray
-    framed: int = 0
-
-    @classmethod
-    def nothing(cls, info: ImageInfo, settings: Settings) -> _Scanned:
-        return cls(
-            np.zeros(len(CLASSES), np.int64),
-            np.zeros(len(KINDS), np.int64),
-            np.zeros((len(info.regions) + 1, len(REASONS)), np.int64),
-            np.zeros((settings.zero_page_colors, 2), np.int64),
-        )
-
-    def add(self, other: _Scanned | Classified) -> None:
-        self.classes += other.classes
-        self.kinds += other.kinds
-        self.regions += other.regions
-        self.colors += other.colors
-        self.framed += other.framed
-
-
-@dataclass(frozen=True, slots=True)
-class _Mapped:
-    """What a task tells the driver: its images by number, and holes."""
-
-    images: dict[int, _Scanned]
-    holes: list[tuple[int, Hole]]
-    pages: int
-
-
-@functools.lru_cache(maxsize=4)
-def _reopened(path: str, page_size: int, format: str, fingerprint: str) -> images.Image:
-    """The image, opened once in each worker; raises ImageError if it is not the file that was planned."""
-    image = images.open_image(path, page_size, format)
-    if image.info.fingerprint != fingerprint:
-        raise ImageError("changed while it was scanned", path, "scan a copy, or stop what writes to it")
-    return image
-
-
-def _scan(
-    infos: Sequence[ImageInfo],
-    region_names: Sequence[str],
-    settings: Settings,
-    ranges: int,
-    group: tuple[Shard, ...],
-) -> tuple[_Mapped, list[pa.Table]]:
-    """Read, hash, classify and combine the pages of some shards: the map."""
-    found: dict[int, _Scanned] = {}
-    holes: list[tuple[int, Hole]] = []
-    content: list[pa.Table] = []
-    for shard in group:
-        info = infos[shard.image]
-        scanned = found.setdefault(shard.image, _Scanned.nothing(info, settings))
-        regions = np.array([bisect.bisect_left(region_names, name) if name else -1 for name in info.regions], np.int32)
-        image = _reopened(info.path, info.page_size, info.format, info.fingerprint)
-        for item in image.batches(shard.start, shard.end):
-            if isinstance(item, Hole):
-                holes.append((shard.image, item))
-                continue
-            page = digests.digest_pages(item, info.page_size)
-            classified = classes.classify(page, shard.image, settings, regions)
-            scanned.add(classified)
-            content.append(classified.content)
-    mapped = _Mapped(found, holes, sum(shard.pages for shard in group))
-    return mapped, tree.split(classes.combine(content), ranges)
-
-
-@dataclass(frozen=True, slots=True)
-class _Merged:
-    """What a merge tells the driver of its range: small, whatever the range's size."""
-
-    spectrum: np.ndarray
-    image_spectrum: np.ndarray
-    patterns: Patterns
-    split: np.ndarray
-    images: np.ndarray
-    stable_copies: int
-
-
-def _merge(image_ids: Sequence[str], hosts: Sequence[str], out: Path, number: int, tables: list[pa.Table]) -> _Merged:
-    """Merge one range and write its part of the stable tree: the reduce."""
-    merged = tree.merge(tables, image_ids, hosts)
-    store.write_table(merged.stable, STABLE_TREE, out, number)
-    copies = int(np.sum(merged.stable.column("copies").to_numpy()))
-    return _Merged(merged.spectrum, merged.image_spectrum, merged.patterns, merged.split, merged.images, copies)
-
-
-def _opened(paths: Sequence[str], settings: Settings) -> list[tuple[str, ImageInfo, tuple[Hole, ...]]]:
-    """(image id, info, holes known from the headers) of every image, in the order in which KSM scans them."""
-    if not paths:
-        raise SettingsError("no image was given", "IMAGE", "name one or more memory images")
-    infos, holes = [], []
-    for path in paths:
-        image = images.open_image(path, settings.page_size, settings.format)
-        infos.append(image.info)
-        holes.append(image.holes)
-        image.close()
-    ids = images.image_ids(infos)
-    return sorted(zip(ids, infos, holes, strict=True), key=lambda opened: (opened[1].scan_order, opened[0]))
+    def stage(self, line: str) -> None: ...
 
 
 def run(
@@ -185,199 +92,476 @@ def run(
     engine: str = "auto",
     address: str | None = None,
     progress: Progress | None = None,
+    manifest: str | None = None,
+    strict: bool = False,
 ) -> Run:
     """Scan memory images, merge what they share, count it as KSM would, and write the run directory.
 
+    paths: of images, or URIs, globs and directories (fleet.py); manifest: a file that names more.
+    Images of a node that is not in the cluster are holes; with strict, an EngineError.
     The tables written depend on the images and the settings alone: not on the engine, the number
-    of workers, ranges or pages in a shard, nor on the order of the images.
-    Raises KsmdistError; then nothing is left at `out`.
+    of workers, ranges or pages in a shard, nor on the order of the images, nor on what failed on the way.
+    Raises KsmdistError; then nothing is left at `out`, and what tasks have finished is in `out`.partial,
+    which resume() takes up, as does the same run() again.
     """
-    began = time.monotonic()
+    clock = _Clock()
     settings = settings or Settings()
     progress = progress or NoProgress()
-    opened = _opened([os.fspath(path) for path in paths], settings)
-    ids = [image_id for image_id, _, _ in opened]
-    infos = [info for _, info, _ in opened]
-    total = sum(info.pages for info in infos)
-    shard_pages = settings.shard_pages or shards.default_shard_pages(total)
-    ranges = settings.ranges or shards.default_ranges(total)
-    settings = replace(settings, shard_pages=shard_pages, ranges=ranges)
-    planned = shards.plan_shards([info.pages for info in infos], shard_pages)
-    tasks = shards.pack_shards(planned, shard_pages)
-    choice = engines.choose(engine, address, total * settings.page_size)
-    progress.engine(choice.name, choice.why)
+    checkpoint.check_free(Path(out))
+    with _opened(paths, manifest, settings, engine, address, progress, strict) as looked:
+        opened, left_out, choice, runner = looked
+        machines = runner.machines()
+        settings = plan.fill(settings, sum(image.info.pages for image in opened), machines.memory_a_cpu)
+        clock.lap("open", f"{len(opened)} images", progress)
+        described = {
+            "settings": settings.as_dict(),
+            "images": [image.as_json() for image in opened],
+            "left_out": [list(pair) for pair in left_out],
+        }
+        return _run(Checkpoint.begin(Path(out), described), runner, choice, progress, clock)
 
-    with ExitStack() as stack:
-        directory = stack.enter_context(store.new_run(Path(out)))
+
+def resume(
+    out: str | os.PathLike[str],
+    engine: str = "auto",
+    address: str | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Take up the unfinished run that was to be at `out`: tasks that are finished are not done again.
+
+    Raises KsmdistError, as run() does.
+    """
+    clock = _Clock()
+    progress = progress or NoProgress()
+    held = Checkpoint.resume(Path(out))
+    if held.complete:
+        held.finish()
+        held.close()
+        return runs.load(out)
+    settings, opened, _ = _planned(held)
+    try:
+        nbytes = sum(image.info.pages for image in opened) * settings.page_size
+        choice = engines.choose(engine, address, nbytes)
+        progress.engine(choice.name, choice.why)
         runner = engines.start(choice)
-        stack.callback(runner.close)
-        started = time.monotonic()
-        found = [_Scanned.nothing(info, settings) for info in infos]
-        holes = [(number, hole) for number, (_, _, known) in enumerate(opened) for hole in known]
+    except BaseException:
+        held.close()
+        raise
+    try:
+        return _run(held, runner, choice, progress, clock)
+    finally:
+        runner.close()
 
-        scanned = started
 
-        def on_mapped(_: int, mapped: _Mapped) -> None:
-            nonlocal scanned
-            for image, of_image in mapped.images.items():
-                found[image].add(of_image)
-            holes.extend(mapped.holes)
-            progress.scanned(mapped.pages)
-            scanned = time.monotonic()
+def estimate(
+    paths: Sequence[str | os.PathLike[str]],
+    settings: Settings | None = None,
+    engine: str = "auto",
+    address: str | None = None,
+    manifest: str | None = None,
+    cpus: int | None = None,
+) -> tuple[Settings, Estimate, engines.Choice]:
+    """What run() would do: the settings it would fill in, and what it would take. No page is read.
 
-        def on_reduced(_: int) -> None:
-            progress.merged(ranges)
+    cpus: of a cluster that is to be; None for what there is.
+    """
+    settings = settings or Settings()
+    with _opened(paths, manifest, settings, engine, address, NoProgress(), False) as (opened, _, choice, runner):
+        machines = runner.machines()
+        pages = [image.info.pages for image in opened]
+        settings = plan.fill(settings, sum(pages), machines.memory_a_cpu)
+        planned = plan.plan(pages, [image.node for image in opened], settings)
+        remote = sum(image.info.pages for image in opened if fleet.is_remote(image.info.path))
+        start_s = engines.RAY_START_S if choice.name == "ray" and not choice.address else 0.3
+        cluster = choice.address is not None
+        return settings, planned.estimate(pages, remote, cpus or machines.cpus, start_s, cluster), choice
 
-        progress.scanning(total, settings.page_size)
-        region_names = sorted({name for info in infos for name in info.regions if name})
-        merged = runner.shuffle(
-            functools.partial(_scan, infos, region_names, settings, ranges),
-            tasks,
-            functools.partial(_merge, ids, [info.host for info in infos], directory.resolve()),
-            ranges,
-            on_mapped,
-            on_reduced,
+
+@dataclass(slots=True)
+class _Clock:
+    """Seconds of each stage, for run.json, metrics.prom and the log: never for a table."""
+
+    began: float = field(default_factory=time.monotonic)
+    laps: dict[str, float] = field(default_factory=dict)
+
+    def lap(self, stage: str, done: str, progress: Progress, page_bytes: int = 0) -> None:
+        """A stage has ended."""
+        took = time.monotonic() - self.began
+        self.began += took
+        self.laps[stage] = self.laps.get(stage, 0.0) + took
+        speed = f", {page_bytes / took / (1 << 30):.2f} GiB/s" if page_bytes and took else ""
+        progress.stage(f"{stage}: {done} in {took:.2f} s{speed}")
+
+
+@contextmanager
+def _opened(
+    paths: Sequence[str | os.PathLike[str]],
+    manifest: str | None,
+    settings: Settings,
+    engine: str,
+    address: str | None,
+    progress: Progress,
+    strict: bool,
+) -> Iterator[tuple[list[Opened], list[tuple[str, str]], engines.Choice, Engine]]:
+    """Images in the order in which KSM scans them, files left out, and the engine, which is closed after use.
+
+    A cluster's nodes look at the images themselves: the driver need not see them.
+    """
+    sources = [fleet.parse(os.fspath(path)) for path in paths]
+    if manifest is not None:
+        sources += fleet.read_manifest(manifest)
+    if not sources:
+        raise SettingsError("no image was given", "IMAGE", "name one or more memory images, or a manifest")
+    choice = engines.choose(engine, address, 0)
+    if choice.address is None:
+        opened, left_out = _look(engines.start(engines.choose("inline", None, 0)), sources, settings, strict)
+        choice = engines.choose(engine, address, sum(image.info.pages for image in opened) * settings.page_size)
+        progress.engine(choice.name, choice.why)
+        runner = engines.start(choice)
+    else:
+        progress.engine(choice.name, choice.why)
+        runner = engines.start(choice)
+    try:
+        if choice.address is not None:
+            opened, left_out = _look(runner, sources, settings, strict)
+        yield opened, left_out, choice, runner
+    finally:
+        runner.close()
+
+
+def _look(
+    runner: Engine, sources: Sequence[Source], settings: Settings, strict: bool
+) -> tuple[list[Opened], list[tuple[str, str]]]:
+    """Open every source where it is."""
+    nodes = runner.machines().nodes
+    missing = [source for source in sources if source.node and source.node not in nodes]
+    if missing and strict:
+        names = sorted({source.node for source in missing})
+        raise EngineError(
+            f"{len(missing)} images are on nodes that are not in the cluster: {', '.join(names[:10])}",
+            missing[0].uri,
+            "start Ray there, with the label ksmdist-host=NAME where it goes by another name, or leave --strict out",
         )
-        shares = np.zeros((len(infos), 4), np.int64)
-        for part in merged:
-            shares[part.images[:, 0]] += part.images[:, 1:]
-
-        holes_table = _holes_table(holes, ids, settings.page_size)
-        images_table = _images_table(ids, infos, holes_table, found, shares)
-        sharing = Sharing.of(
-            images_table,
-            region_names,
-            tree.add_rows([part.spectrum for part in merged]),
-            tree.add_rows([part.image_spectrum for part in merged]),
-            mark_split(
-                add_patterns([part.patterns for part in merged]), np.concatenate([part.split for part in merged])
-            ),
-        )
-        prediction = counters.predict(sharing, settings)
-        stable_copies = sum(part.stable_copies for part in merged)
-        known = sum(hole.pages for _, _, known in opened for hole in known)
-        lost = sum(holes_table.column("pages").to_pylist()) - known
-        checked = identities.check(sharing, prediction, settings, stable_copies, total, lost)
-
-        written = sharing.tables() | {
-            IMAGES.name: images_table,
-            HOLES.name: holes_table,
-            REGIONS.name: _regions_table(infos, found),
-            ZERO_COLORS.name: _colors_table(found),
-            COUNTERS.name: counters.counters_table(prediction.counters, settings),
-            KSM_STAT.name: counters.ksm_stat_table(prediction, sharing, settings),
-            WHATIF.name: grid(sharing, settings),
-        }
-        for name, table in written.items():
-            store.write_table(table, TABLES[name], directory)
-        summary = _summary(sharing, holes_table, prediction, settings) | {
-            "zero_colors": written[ZERO_COLORS.name].to_pylist(),
-            "engine": choice.name,
-            "engine_why": choice.why,
-            "run": os.fspath(out),
-        }
-        ended = time.monotonic()
-        caveats = tuple(
-            dict.fromkeys(
-                f"{image_id}: {caveat}" for image_id, info in zip(ids, infos, strict=True) for caveat in info.caveats
-            )
-        )
-        store.write_manifest(
-            {
-                "run_version": store.RUN_VERSION,
-                "ksmdist": __version__,
-                "settings": settings.as_dict(),
-                "images": [_of_manifest(info, i) for i, info in zip(ids, infos, strict=True)],
-                "engine": {"name": choice.name, "why": choice.why, "tasks": len(tasks), "shards": len(planned)},
-                "timings": {
-                    "start_s": round(started - began, 3),
-                    "scan_s": round(scanned - started, 3),
-                    "merge_s": round(ended - scanned, 3),
-                },
-                "identities": [asdict(identity) | {"holds": identity.holds} for identity in checked],
-                "caveats": list(caveats),
-                "summary": summary,
-            },
-            directory,
-        )
-    return Run(Path(out), summary, settings, sharing, written[REGIONS.name], written[KSM_STAT.name], caveats)
-
-
-def _holes_table(holes: Sequence[tuple[int, Hole]], ids: Sequence[str], page_size: int) -> pa.Table:
-    """The `holes` table: sorted, and neighbours with one reason joined, however the shards cut them."""
-    joined: list[tuple[int, Hole]] = []
-    for image, hole in sorted(holes, key=lambda found: (found[0], found[1].address)):
-        before, last = joined[-1] if joined else (-1, hole)
-        if (before, last.address + last.pages * page_size, last.reason) == (image, hole.address, hole.reason):
-            joined[-1] = (image, replace(last, pages=last.pages + hole.pages))
+    there = sorted((source for source in sources if source not in set(missing)), key=lambda source: source.node)
+    tasks: list[tuple[Source, ...]] = []
+    for source in there:
+        if tasks and tasks[-1][0].node == source.node and len(tasks[-1]) < _SOURCES_A_TASK:
+            tasks[-1] = (*tasks[-1], source)
         else:
-            joined.append((image, hole))
-    rows = [{"image_id": ids[image], **asdict(hole)} for image, hole in joined]
-    return pa.Table.from_pylist(rows, schema=HOLES.schema)
+            tasks.append((source,))
+    found: dict[int, stages.Found] = {}
+    stage = Stage(
+        "open",
+        functools.partial(stages.open_sources, settings),
+        lambda task: f"open {task[0].uri}" + (f" and {len(task) - 1} more" if len(task) > 1 else ""),
+        lambda task: task[0].node,
+        lambda result: {"images": len(result.images)},
+    )
+    runner.run(stage, tasks, found.__setitem__)
+    left_out = [pair for number in range(len(tasks)) for pair in found[number].left_out]
+    opened = [
+        Opened("", source.node, _said(source, info), holes)
+        for number in range(len(tasks))
+        for source, info, holes in found[number].images
+    ]
+    opened += [Opened("", source.node, _unknown(source, settings), reached=False) for source in missing]
+    if not opened:
+        raise SettingsError("no image is left", sources[0].uri, "name the image files themselves")
+    named = [replace(image.info, path=_location(image.info.path, image.node)) for image in opened]
+    opened = [replace(image, image_id=i) for image, i in zip(opened, images.image_ids(named), strict=True)]
+    return sorted(opened, key=lambda image: (image.info.scan_order, image.image_id)), left_out
 
 
-def _of_manifest(info: ImageInfo, image_id: str) -> dict[str, object]:
-    """What run.json says of an image: not its regions, which have a table."""
-    told = asdict(info) | {"image_id": image_id, "ksm_stat": dict(info.ksm_stat)}
-    return {name: value for name, value in told.items() if name not in ("regions", "passed_over")}
+def _location(path: str, node: str) -> str:
+    return f"node://{node}{path}" if node else path
 
 
-def _images_table(
-    ids: Sequence[str], infos: Sequence[ImageInfo], holes: pa.Table, found: Sequence[_Scanned], shares: np.ndarray
-) -> pa.Table:
-    unreadable = dict.fromkeys(ids, 0)
-    for row in holes.to_pylist():
-        unreadable[row["image_id"]] += row["pages"]
-    by_class = np.stack([scanned.classes for scanned in found])
-    by_kind = np.stack([scanned.kinds for scanned in found])
-    by_class[:, CLASSES.index("duplicate")] += shares[:, 0]
-    by_class[:, CLASSES.index("unique")] += shares[:, 1]
-    columns: dict[str, object] = {
-        "scan_order": np.arange(len(ids), dtype=np.int32),
-        "image_id": ids,
-        "kind": [info.kind for info in infos],
-        "format": [info.format for info in infos],
-        "host": [info.host for info in infos],
-        "tenant": [info.tenant for info in infos],
-        "total": by_class.sum(axis=1),
-        "absent": [info.pages_absent for info in infos],
-        "unreadable": [unreadable[image_id] for image_id in ids],
+def _said(source: Source, info: ImageInfo) -> ImageInfo:
+    """An image's description, with what the manifest says instead of what the image says."""
+    return replace(
+        info,
+        image_id=source.image_id or info.image_id,
+        host=source.host or info.host,
+        tenant=source.tenant or info.tenant,
+        kind=source.kind or info.kind,
+        regions=tuple(map(sys.intern, info.regions)),  # in a fleet the same few names come again and again
+    )
+
+
+def _unknown(source: Source, settings: Settings) -> ImageInfo:
+    """An image of which no more is known than the manifest says."""
+    return _said(
+        source,
+        ImageInfo(
+            path=source.uri,
+            format="unknown",
+            kind="guest",
+            page_size=settings.page_size,
+            pages=0,
+            pages_absent=0,
+            nbytes=0,
+            fingerprint="",
+        ),
+    )
+
+
+def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, str]]]:
+    """What plan.json says; raises RunDirectoryError where it is not what run() wrote."""
+    try:
+        return (
+            Settings(**held.plan["settings"]),
+            [Opened.from_json(image) for image in held.plan["images"]],
+            [(str(name), str(why)) for name, why in held.plan["left_out"]],
+        )
+    except (KeyError, TypeError, ValueError, SettingsError) as error:
+        held.close()
+        raise RunDirectoryError(
+            f"has a plan.json that is not what it should be: {error}", str(held.directory), "remove it, and run again"
+        ) from None
+
+
+def _run(held: Checkpoint, runner: Engine, choice: engines.Choice, progress: Progress, clock: _Clock) -> Run:
+    """All that follows the plan; on failure what is finished is kept, and the error says so."""
+    settings, opened, left_out = _planned(held)
+    planned = plan.plan([image.info.pages for image in opened], [image.node for image in opened], settings)
+    try:
+        done = _flow(held, planned, opened, left_out, runner, choice, progress, clock)
+        held.finish()
+    except BaseException as error:
+        finished = held.finished()
+        if held.close() and isinstance(error, KsmdistError):
+            raise type(error)(
+                error.what,
+                error.where,
+                f"{error.hint}; {finished} of {len(planned.tasks)} tasks are done and kept: "
+                f"ksmdist run --resume {held.path}",
+            ) from None
+        raise
+    held.close()
+    return done
+
+
+def _flow(
+    held: Checkpoint,
+    planned: Plan,
+    opened: Sequence[Opened],
+    left_out: Sequence[tuple[str, str]],
+    runner: Engine,
+    choice: engines.Choice,
+    progress: Progress,
+    clock: _Clock,
+) -> Run:
+    settings, directory = planned.settings, held.directory.resolve()
+    assert settings.ranges is not None
+    assert settings.task_memory is not None
+    infos = [image.info for image in opened]
+    ids = [image.image_id for image in opened]
+    total = sum(info.pages for info in infos)
+    clock.lap("start", choice.name, progress)
+
+    # Map.
+    found = [Scanned.nothing(info, settings) for info in infos]
+    holes = [(number, hole) for number, image in enumerate(opened) for hole in image.holes]
+    rows = np.zeros(settings.ranges, np.int64)
+    again = 0
+
+    def on_scanned(_: int, result: stages.Result) -> None:
+        nonlocal again
+        for image, of_image in result.mapped.images.items():
+            found[image].add(of_image)
+        holes.extend(result.mapped.holes)
+        rows[:] += result.rows
+        again += result.again
+        progress.scanned(result.mapped.pages)
+
+    progress.scanning(total, settings.page_size)
+    names = sorted({name for info in infos for name in info.regions if name})
+    levels = plan.combinations(len(planned.tasks), settings.fan_in)
+    scan = functools.partial(stages.scan, directory, names, settings, stages.read_shards)
+    tasks = [
+        stages.Scan(
+            task, {shard.image: opened[shard.image] for shard in task.shards}, plan.ancestors(levels, task.number)
+        )
+        for task in planned.tasks
+    ]
+    runner.run(
+        Stage(
+            "scan", scan, _describe_scan, functools.partial(_node_of, directory), _figures, planned.scan_memory, False
+        ),
+        tasks,
+        on_scanned,
+    )
+    kept = f", {again} of them finished before" if again else ""
+    clock.lap("scan", f"{len(tasks)} tasks{kept}, {total:,} pages", progress, total * settings.page_size)
+
+    # The tree of merges, where there are many results.
+    for level in levels:
+        rows[:] = 0
+
+        def on_combined(_: int, result: stages.Result) -> None:
+            rows[:] += result.rows
+
+        runner.run(
+            Stage(
+                "combine",
+                functools.partial(stages.combine, directory, settings.ranges),
+                lambda c: f"combine {c.number} of level {c.level}: results [{c.first}, {c.last})",
+                engines.any_node,
+                _figures,
+                settings.task_memory,
+            ),
+            level,
+            on_combined,
+        )
+        clock.lap("combine", f"{len(level)} tasks, {int(rows.sum()):,} rows left", progress)
+    results = [(len(levels), number) for number in range(len(levels[-1] if levels else tasks))]
+
+    # Reduce.
+    pieces = plan.cut_ranges(rows, plan.share(settings.task_memory))
+    sums = _Sums(len(infos))
+
+    def on_merged(_: int, merged: stages.Merged) -> None:
+        sums.add(merged)
+        progress.merged(len(pieces))
+
+    runner.run(
+        Stage(
+            "merge",
+            functools.partial(stages.merge, directory, results, settings.ranges, ids, [info.host for info in infos]),
+            functools.partial(_describe_merge, len(pieces)),
+            engines.any_node,
+            lambda merged: {"rows": merged.rows},
+            settings.task_memory,
+        ),
+        pieces,
+        on_merged,
+    )
+    clock.lap("merge", f"{len(pieces)} ranges, {int(rows.sum()):,} rows", progress)
+
+    # Count.
+    holes_table = scanned.holes_table(holes, opened, settings.page_size)
+    images_table = scanned.images_table(opened, holes_table, found, sums.shares)
+    sharing = Sharing.of(images_table, names, *sums.spectra(), mark_split(sums.patterns, sums.split()))
+    prediction = counters.predict(sharing, settings)
+    known = sum(hole.pages for image in opened for hole in image.holes)
+    lost = sum(pages or 0 for pages in holes_table.column("pages").to_pylist()) - known
+    checked = identities.check(sharing, prediction, settings, sums.stable_copies, total, lost)
+    written = sharing.tables() | {
+        IMAGES.name: images_table,
+        HOLES.name: holes_table,
+        REGIONS.name: scanned.regions_table(infos, found),
+        ZERO_COLORS.name: scanned.colors_table(found),
+        COUNTERS.name: counters.counters_table(prediction.counters, settings),
+        KSM_STAT.name: counters.ksm_stat_table(prediction, sharing, settings),
+        WHATIF.name: grid(sharing, settings),
     }
-    columns |= {name: by_class[:, code] for code, name in enumerate(CLASSES)}
-    columns |= {f"kind_{name}": by_kind[:, code] for code, name in enumerate(KINDS)}
-    columns |= {"shared_within": shares[:, 2], "shared_with_others": shares[:, 3]}
-    columns |= {"frames_known": [scanned.framed for scanned in found]}
-    return pa.Table.from_pydict(columns, schema=IMAGES.schema)
+    for name, table in written.items():
+        store.write_table(table, TABLES[name], directory)
+    clock.lap("count", f"{len(sharing.spectrum):,} rows of the spectrum", progress)
+
+    missing = [image.image_id for image in opened if not image.reached]
+    summary = _summary(sharing, holes_table, prediction, settings) | {
+        "zero_colors": written[ZERO_COLORS.name].to_pylist(),
+        "engine": choice.name,
+        "engine_why": choice.why,
+        "run": os.fspath(held.path),
+    }
+    summary["holes"] |= {"images": missing}
+    caveats = [f"{image.image_id}: {caveat}" for image in opened for caveat in image.info.caveats]
+    caveats += [f"left out: {name}: {why}" for name, why in left_out]
+    caveats = list(dict.fromkeys(caveats))
+    laps = clock.laps
+    store.write_text(_metrics(laps, summary, len(tasks), len(pieces), again), directory, "metrics.prom")
+    store.write_manifest(
+        {
+            "run_version": store.RUN_VERSION,
+            "ksmdist": __version__,
+            "settings": settings.as_dict(),
+            "images": [_of_manifest(image) for image in opened],
+            "engine": {"name": choice.name, "why": choice.why, "tasks": len(tasks), "shards": planned.shards},
+            "timings": {
+                "start_s": round(laps.get("open", 0) + laps["start"], 3),
+                "scan_s": round(laps["scan"], 3),
+                "combine_s": round(laps.get("combine", 0), 3),
+                "merge_s": round(laps["merge"] + laps["count"], 3),
+            },
+            "identities": [asdict(identity) | {"holds": identity.holds} for identity in checked],
+            "caveats": caveats,
+            "summary": summary,
+        },
+        directory,
+    )
+    return Run(held.path, summary, settings, sharing, written[REGIONS.name], written[KSM_STAT.name], tuple(caveats))
 
 
-def _regions_table(infos: Sequence[ImageInfo], found: Sequence[_Scanned]) -> pa.Table:
-    """The `regions` table; pages that are absent for no reason given are of no region."""
-    rows = []
-    for number, (info, scanned) in enumerate(zip(infos, found, strict=True)):
-        by_region: dict[str, dict[str, int]] = {}
-        said = sum(pages for _, _, pages in info.passed_over)
-        passed_over = [*info.passed_over, ("", "absent", max(0, info.pages_absent - said))]
-        counted = [
-            (region, reason, pages)
-            for region, counts in zip([*info.regions, ""], scanned.regions.tolist(), strict=True)
-            for reason, pages in zip(REASONS, counts, strict=True)
-        ]
-        for region, reason, pages in [*passed_over, *counted]:
-            if pages:
-                row = by_region.setdefault(region, dict.fromkeys((*PASSED_OVER, "absent", *REASONS), 0))
-                row[reason] += pages
-        rows += [{"image": number, "region": region or None, **by_region[region]} for region in sorted(by_region)]
-    return pa.Table.from_pylist(rows, schema=REGIONS.schema)
+class _Sums:
+    """What merges found, added up as they end, in whatever order."""
+
+    def __init__(self, image_count: int) -> None:
+        self.shares = np.zeros((image_count, 4), np.int64)
+        self.patterns: dict[bytes, int] = {}
+        self.stable_copies = 0
+        self._spectra: list[np.ndarray] = []
+        self._by_image: list[np.ndarray] = []
+        self._split: list[np.ndarray] = []
+        self._rows = 0
+
+    def add(self, merged: stages.Merged) -> None:
+        """Add a piece."""
+        self.shares[merged.images[:, 0]] += merged.images[:, 1:]
+        self.patterns = add_patterns([self.patterns, merged.patterns])
+        self.stable_copies += merged.stable_copies
+        self._spectra.append(merged.spectrum)
+        self._by_image.append(merged.image_spectrum)
+        self._split.append(merged.split)
+        self._rows += len(merged.spectrum) + len(merged.image_spectrum)
+        if self._rows > _FOLD_ROWS:
+            self._fold()
+
+    def _fold(self) -> None:
+        self._spectra = [tree.add_rows(self._spectra)]
+        self._by_image = [tree.add_rows(self._by_image)]
+        self._rows = 0
+
+    def spectra(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sharing.spectrum and Sharing.image_spectrum."""
+        return tree.add_rows(self._spectra), tree.add_rows(self._by_image)
+
+    def split(self) -> np.ndarray:
+        """As mark_split() takes it."""
+        return np.concatenate(self._split)
 
 
-def _colors_table(found: Sequence[_Scanned]) -> pa.Table:
-    total = sum(scanned.colors for scanned in found)
-    assert isinstance(total, np.ndarray)
-    columns = {"color": np.arange(len(total), dtype=np.int32), "zero": total[:, 0], "zero_mapped_fault": total[:, 1]}
-    return pa.Table.from_pydict(columns, schema=ZERO_COLORS.schema)
+def _node_of(directory: Path, scan: stages.Scan) -> str:
+    """The node that must scan it: any, where that is done and only its mark has to be read."""
+    done = checkpoint.content_file(directory, 0, scan.task.number).with_suffix(".json")
+    return "" if scan.task.node and done.exists() else scan.task.node
 
 
-def _summary(sharing: Sharing, holes: pa.Table, prediction: Prediction, settings: Settings) -> dict[str, object]:
+def _describe_scan(scan: stages.Scan) -> str:
+    first, last = scan.task.shards[0], scan.task.shards[-1]
+    where = f"{scan.images[first.image].image_id} [{first.start}, {first.end})"
+    if first is last:
+        return f"scan {where}"
+    return f"scan {where} to {scan.images[last.image].image_id} [{last.start}, {last.end})"
+
+
+def _describe_merge(pieces: int, piece: plan.Piece) -> str:
+    return f"merge range {piece.number + 1}/{pieces}"
+
+
+def _figures(result: stages.Result) -> Mapping[str, int]:
+    return {"pages": result.mapped.pages, "rows": int(result.rows.sum())}
+
+
+def _of_manifest(image: Opened) -> dict[str, object]:
+    """What run.json says of an image: not its regions, which have a table."""
+    left_out = ("regions", "passed_over", "ksm_stat")
+    fields = {name: value for name, value in asdict(image.info).items() if name not in left_out}
+    return fields | {"image_id": image.image_id, "node": image.node, "reached": image.reached}
+
+
+def _summary(sharing: Sharing, holes: pa.Table, prediction: Prediction, settings: Settings) -> dict[str, Any]:
     """The object `ksmdist run --json` prints. Keys are a promise: they are added to, none goes."""
     pages = {name: int(sharing.of_images(name).sum()) for name in ("total", "absent", *CLASSES)}
     return {
@@ -388,3 +572,24 @@ def _summary(sharing: Sharing, holes: pa.Table, prediction: Prediction, settings
         "holes": {"ranges": len(holes), "pages": int(sharing.of_images("unreadable").sum())},
         "settings": settings.as_dict(),
     }
+
+
+def _metrics(laps: Mapping[str, float], summary: Mapping[str, Any], tasks: int, pieces: int, again: int) -> str:
+    """The run in Prometheus' text format (prometheus.io, exposition formats 0.0.4).
+
+    Three lines a metric, written here: importing prometheus_client would cost every run's start 40 ms.
+    """
+    holes = summary["holes"]
+    metrics: list[tuple[str, str, dict[str, float]]] = [
+        ("stage_seconds", "Time that a stage of the run took.", {f'{{stage="{k}"}}': v for k, v in laps.items()}),
+        ("tasks", "Tasks of the run.", {'{stage="scan"}': tasks, '{stage="merge"}': pieces}),
+        ("tasks_taken_up", "Scans that an earlier driver had finished.", {"": again}),
+        ("pages", "Pages scanned, by class.", {f'{{class="{k}"}}': v for k, v in summary["pages"].items()}),
+        ("holes", "Ranges of pages that could not be read.", {"": holes["ranges"]}),
+        ("images_out_of_reach", "Images whose node was not in the cluster.", {"": len(holes["images"])}),
+    ]
+    lines = []
+    for name, doc, samples in metrics:
+        lines += [f"# HELP ksmdist_run_{name} {doc}", f"# TYPE ksmdist_run_{name} gauge"]
+        lines += [f"ksmdist_run_{name}{labels} {value:.9g}" for labels, value in samples.items()]
+    return "\n".join(lines) + "\n"

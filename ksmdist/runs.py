@@ -46,8 +46,18 @@ class Run:
 
     @property
     def holes(self) -> int:
-        """Pages that could not be read; 0 means the counts are complete."""
+        """Pages that could not be read, as far as that is known: see `complete`."""
         return int(self.sharing.of_images("unreadable").sum())
+
+    @property
+    def out_of_reach(self) -> tuple[str, ...]:
+        """Images of which nothing could be read, since their node was not in the cluster."""
+        return tuple(self.summary["holes"]["images"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether every page of every image was read."""
+        return not self.holes and not self.out_of_reach
 
 
 def load(path: str | os.PathLike[str]) -> Run:

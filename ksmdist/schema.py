@@ -94,11 +94,11 @@ def render(table: Table) -> dict[str, object]:
     }
 
 
-def count(name: str, doc: str, unit: str) -> Column:
+def count(name: str, doc: str, unit: str, nullable: bool = False) -> Column:
     """An int64 column of numbers of `unit`."""
-    return Column(name, pa.int64(), doc, unit=unit)
+    return Column(name, pa.int64(), doc, unit=unit, nullable=nullable)
 
 
-def pages(name: str, doc: str) -> Column:
+def pages(name: str, doc: str, nullable: bool = False) -> Column:
     """An int64 column of numbers of pages."""
-    return count(name, doc, "pages")
+    return count(name, doc, "pages", nullable)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ksmdist.errors import SettingsError
 
-__all__ = ["KERNELS", "PAGE_SIZES", "Eligible", "Kernel", "Settings"]
+__all__ = ["KERNELS", "LEAST_TASK_MEMORY", "PAGE_SIZES", "Eligible", "Kernel", "Settings"]
 
 Eligible = Literal["flagged", "all"]
 Kernel = Literal["6.1", "6.6", "6.12", "6.18"]
@@ -17,6 +17,10 @@ KERNELS: tuple[Kernel, ...] = ("6.1", "6.6", "6.12", "6.18")
 
 PAGE_SIZES = tuple(1 << shift for shift in range(12, 19))
 """Page sizes Linux is built with: 4 KiB to 256 KiB, in bytes (arch/*/Kconfig, PAGE_SIZE_*)."""
+
+
+LEAST_TASK_MEMORY = 64 << 20
+"""Bytes: a batch of pages alone takes this much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,10 @@ class Settings:
     format:               force this image format for all images; None detects by magic
     shard_pages:          pages in a shard; None lets the size of the input decide
     ranges:               digest ranges, a power of two; None lets the size of the input decide
+    task_memory:          bytes one task may take, 64 MiB or more; None lets the machines decide. A range
+                          that would take more is split
+    fan_in:               most files of scan results that a merge reads; where there are more, they are
+                          combined first. 2 or more
 
     Raises SettingsError for a value out of its range.
     """
@@ -57,6 +65,8 @@ class Settings:
     format: str | None = None
     shard_pages: int | None = None
     ranges: int | None = None
+    task_memory: int | None = None
+    fan_in: int = 1024
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -89,6 +99,10 @@ class Settings:
             raise SettingsError(f"{self.shard_pages} is not a size", "shard_pages", "use 1 or more")
         if self.ranges is not None and not (1 <= self.ranges <= 1 << 16 and self.ranges.bit_count() == 1):
             raise SettingsError(f"{self.ranges} is no power of two up to 65536", "ranges", "use 1, 2, 4, 8 and so on")
+        if self.task_memory is not None and self.task_memory < LEAST_TASK_MEMORY:
+            raise SettingsError(f"{self.task_memory} bytes are too few for a task", "task_memory", "use 64 MiB or more")
+        if self.fan_in < 2:
+            raise SettingsError(f"{self.fan_in} is no number of files to combine", "fan_in", "use 2 or more")
 
     def as_dict(self) -> dict[str, object]:
         """The settings by name, as run.json and `--json` print them."""

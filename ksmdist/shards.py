@@ -10,6 +10,7 @@ __all__ = ["Shard", "default_ranges", "default_shard_pages", "pack_shards", "pla
 
 _MIN_SHARD_PAGES = 1 << 14
 _MAX_SHARD_PAGES = 1 << 18
+_MANY_SHARDS = 1 << 14
 _MAX_RANGES = 1 << 10
 
 
@@ -31,12 +32,15 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def default_shard_pages(total_pages: int) -> int:
-    """Pages in a shard: an eighth of the input, a power of two from 2**14 to 2**18.
+def default_shard_pages(total_pages: int, most_pages: int = _MAX_SHARD_PAGES) -> int:
+    """Pages in a shard: an eighth of the input, a power of two from 2**14 to 2**18, or more for a petabyte.
 
-    A task of Ray has a fixed cost, which a shard must outweigh; a shard of 2**18 pages is 1 GiB.
+    A task of Ray has a fixed cost, which a shard must outweigh; a shard of 2**18 pages is 1 GiB. Where that
+    would be more than 2**14 shards they are larger, up to most_pages (a power of two).
     """
-    return min(_MAX_SHARD_PAGES, max(_MIN_SHARD_PAGES, _power_of_two(-(-total_pages // 8))))
+    wanted = min(_MAX_SHARD_PAGES, _power_of_two(-(-total_pages // 8)))
+    many = _power_of_two(-(-total_pages // _MANY_SHARDS))
+    return max(_MIN_SHARD_PAGES, min(most_pages, max(wanted, many)))
 
 
 def default_ranges(total_pages: int) -> int:

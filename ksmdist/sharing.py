@@ -141,8 +141,9 @@ class Sharing:
         return len(np.unique(self.spectrum[:, 0])) <= 2
 
     def of_images(self, column: str) -> np.ndarray:
-        """A column of the images table, int64, by image."""
-        return np.asarray(joined([self.images], column), np.int64)
+        """A column of the images table, int64, by image; null (unknown) as 0."""
+        chunk = self.images.column(column).combine_chunks()
+        return np.where(present(chunk), values(chunk), 0).astype(np.int64)
 
     def _table(self, schema: pa.Schema, columns: Sequence[np.ndarray] | np.ndarray) -> pa.Table:
         """Integer columns as the schema has them: names for numbers, null for -1 where it may be."""

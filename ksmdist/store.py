@@ -1,7 +1,7 @@
 """The run directory: Parquet tables and run.json, all or nothing.
 
-Everything is written to a temporary directory beside the target, which takes its name when the
-run is complete: a run directory is whole or is not there. Directories are 0700, files 0600: digests
+Everything is written in RUN.partial beside the target, which takes its name when the run is
+complete (checkpoint.py): a run directory is whole or is not there. Directories are 0700, files 0600: digests
 tell who guesses a page's content whether the guess is right.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,39 +22,31 @@ from ksmdist.errors import RunDirectoryError
 from ksmdist.schema import Table
 from ksmdist.tables import STABLE_TREE
 
-__all__ = ["RUN_VERSION", "new_run", "read_manifest", "read_table", "write_manifest", "write_table"]
+__all__ = [
+    "RUN_VERSION",
+    "read_manifest",
+    "read_table",
+    "whole_file",
+    "write_manifest",
+    "write_table",
+    "write_text",
+]
 
 RUN_VERSION = 2
 """Version of run.json and of the directory's layout."""
 
 
 @contextmanager
-def new_run(out: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `out` if the block ends well, and goes if it does not.
-
-    Raises RunDirectoryError if `out` exists and is not an empty directory, or cannot be made.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        holds = "already holds a run" if (out / "run.json").exists() else "exists and is not an empty directory"
-        raise RunDirectoryError(holds, str(out), "choose another directory with -o, or remove this one")
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file, 0600, that gets its name when the block has ended well; until then it has another. Raises OSError."""
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        partial.mkdir(mode=0o700)
-        (partial / "stable_tree").mkdir(mode=0o700)
-    except OSError as error:
-        raise RunDirectoryError(
-            f"cannot be made: {os.strerror(error.errno or 0)}", str(out), "choose another directory with -o"
-        ) from None
-    try:
-        yield partial
-        try:
-            os.rename(partial, out)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot be put in place: {os.strerror(error.errno or 0)}", str(out), "choose another directory with -o"
-            ) from None
+        with open(fd, "wb") as sink:
+            yield sink
+        os.replace(name, path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            os.unlink(name)
         raise
 
 
@@ -69,21 +61,32 @@ def write_table(table: pa.Table, definition: Table, run: Path, part: int | None 
     dictionary = [column.name for column in definition.columns if column.name not in plain]
     assert table.schema.equals(definition.schema, check_metadata=True), name
     try:
-        with open(os.open(run / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as sink:
+        with whole_file(run / name) as sink:
             pq.write_table(table, sink, compression="zstd", compression_level=1, use_dictionary=dictionary)
     except OSError as error:
         raise RunDirectoryError(
             f"cannot be written: {os.strerror(error.errno) if error.errno else error}",
             str(run / name),
-            "free some space or choose another directory with -o",
+            "free some space, or choose another directory with -o",
+        ) from None
+
+
+def write_text(text: str, run: Path, name: str) -> None:
+    """Write a file of text; raises RunDirectoryError where it cannot be written."""
+    try:
+        with whole_file(run / name) as sink:
+            sink.write(text.encode())
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot be written: {os.strerror(error.errno) if error.errno else error}",
+            str(run / name),
+            "free some space, or choose another directory with -o",
         ) from None
 
 
 def write_manifest(manifest: Mapping[str, object], run: Path) -> None:
-    """Write run.json."""
-    with open(os.open(run / "run.json", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w", encoding="utf-8") as sink:
-        json.dump(manifest, sink, indent=1, sort_keys=True)
-        sink.write("\n")
+    """Write run.json; raises RunDirectoryError where it cannot be written."""
+    write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", run, "run.json")
 
 
 def read_manifest(run: Path) -> dict[str, Any]:

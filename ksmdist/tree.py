@@ -18,7 +18,7 @@ from ksmdist.groups import count_rows, group_any, group_min, group_starts, group
 from ksmdist.mappings import Patterns, find_patterns, shared_frames
 from ksmdist.tables import KINDS, STABLE_TREE
 
-__all__ = ["ALL_NODES", "RangeTree", "add_rows", "merge", "split"]
+__all__ = ["ALL_NODES", "RangeTree", "add_rows", "merge", "narrow", "split"]
 
 _ZERO, _SAME_FILLED, _OTHER = range(len(KINDS))
 _MANY = 255  # copies
@@ -62,6 +62,19 @@ def split(content: pa.Table, ranges: int) -> list[pa.Table]:
     bounds = np.arange(1, ranges, dtype=np.uint64) << np.uint64(width)
     cuts = [0, *np.searchsorted(high, bounds, side="left").tolist(), len(content)]
     return [content.slice(start, end - start) for start, end in itertools.pairwise(cuts)]
+
+
+def narrow(content: pa.Table, ranges: int, number: int, bits: int, index: int) -> pa.Table:
+    """The rows of a range's sorted table whose digests go on with these `bits` bits: part `index` of 2**bits."""
+    if bits == 0 or len(content) == 0:
+        return content
+    high, _ = digest_words(joined([content], "digest"))
+    width = 64 - (ranges.bit_length() - 1) - bits
+    first = ((number << bits) | index) << width
+    low = int(np.searchsorted(high, np.uint64(first), side="left"))
+    end = first + (1 << width)
+    up = len(high) if end >> 64 else int(np.searchsorted(high, np.uint64(end), side="left"))
+    return content.slice(low, up - low)
 
 
 def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[str]) -> RangeTree:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from ksmdist.engines.base import Engine
+from ksmdist.engines.base import Engine, Machines, Stage, any_node, figures_of_nothing
 from ksmdist.engines.inline import InlineEngine
 from ksmdist.errors import SettingsError
 
-__all__ = ["Choice", "Engine", "choose", "start"]
+__all__ = ["Choice", "Engine", "Machines", "Stage", "any_node", "choose", "figures_of_nothing", "start"]
 
 RAY_START_S = 4.4
 """Seconds that starting Ray, its workers and stopping it cost, with its import (benchmarks/rates.py, Ray 2.60)."""

@@ -9,19 +9,28 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.metrics import Counter, Histogram
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ksmdist.engines.base import Result, Summary, Task
-from ksmdist.errors import EngineError, KsmdistError
+from ksmdist.engines.base import Machines, Result, Stage, Task
+from ksmdist.errors import EngineError, KsmdistError, SettingsError
 
-__all__ = ["RayEngine"]
+__all__ = ["HOST_LABEL", "RayEngine"]
 
-_TASKS_A_CPU = 4  # in flight: enough that no worker waits for the driver, few enough to bound memory
+HOST_LABEL = "ksmdist-host"
+"""Ray node label with the name that `node://NAME/path` and a manifest's `host` mean; without it, the host's name."""
+
+_TASKS_A_SLOT = 4  # in flight: enough that no worker waits for the driver, few enough to bound memory
+_RETRIES = 10  # of a task whose worker or node died
+_NODE_PATIENCE_S = 30.0  # for a node that has images to come back
+_LOOK_S = 2.0  # between looks at a cluster that may have grown
+_OBJECT_STORE_BYTES = 256 << 20  # of a Ray started here: what tasks find goes through files
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
@@ -38,19 +47,35 @@ def _keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
 
 
-def _map(function: Callable[[Any], tuple[Any, list[pa.Table]]], task: Any) -> tuple[Any, ...]:
+def _work(stage: Stage[Any, Any], task: Any) -> Any:
+    """Run one task in a worker, and count it for Ray's metrics."""
     _keep_freed_memory()
-    summary, tables = function(task)
-    return (summary, *tables)
+    began = time.perf_counter()
+    result = stage.function(task)
+    tags = {"stage": stage.name}
+    _seconds().observe(time.perf_counter() - began, tags)
+    for name, amount in stage.figures(result).items():
+        if amount > 0:
+            _counter(name).inc(amount, tags)
+    return result
 
 
-def _reduce(function: Callable[[int, list[pa.Table]], Any], number: int, *tables: pa.Table) -> Any:
-    return function(number, list(tables))
+@functools.cache
+def _seconds() -> Histogram:
+    return Histogram(
+        "ksmdist_task_seconds", "Time that tasks took.", [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300], ("stage",)
+    )
+
+
+@functools.cache
+def _counter(name: str) -> Counter:
+    return Counter(f"ksmdist_{name}", f"Number of {name} that tasks have dealt with.", ("stage",))
 
 
 class RayEngine:
     """Tasks on Ray: a cluster at `address`, or one started here with a process for each CPU.
 
+    A task whose worker or node dies is run again: on any node, or where its images are, once that is back.
     Raises EngineError where Ray cannot be reached or started.
     """
 
@@ -59,7 +84,13 @@ class RayEngine:
     def __init__(self, address: str | None = None, cpus: int | None = None) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        local: dict[str, Any] = {} if address else {"num_cpus": cpus, "include_dashboard": False}
+        # Ray's default is for ever: a task that is too large for its node would never end.
+        os.environ.setdefault("RAY_task_oom_retries", str(_RETRIES))
+        local: dict[str, Any] = (
+            {}
+            if address
+            else {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        )
         try:
             ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
         except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
@@ -69,45 +100,23 @@ class RayEngine:
                 "check the address, that its Ray has this version, and that RAY_AUTH_MODE and the token are the "
                 "cluster's, or use --engine inline",
             ) from None
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        self._in_flight = max(2, int(resources.get("CPU", 1))) * _TASKS_A_CPU
 
-    def shuffle(
-        self,
-        map: Callable[[Task], tuple[Summary, list[pa.Table]]],
-        tasks: Sequence[Task],
-        reduce: Callable[[int, list[pa.Table]], Result],
-        ranges: int,
-        on_mapped: Callable[[int, Summary], None],
-        on_reduced: Callable[[int], None],
-    ) -> list[Result]:
-        """See Engine.shuffle. Tables stay in Ray's object store: the driver sees summaries and results only."""
+    def machines(self) -> Machines:
+        """See Engine.machines."""
+        nodes = _alive()
+        sizes = [_size(node) for node in nodes]
+        working = [(cpus, memory) for cpus, memory in sizes if cpus >= 1]
+        if not working:  # a head that computes nothing, before its workers come
+            return Machines(frozenset(_names(nodes)), 1, 1 << 30)
+        return Machines(
+            frozenset(_names(nodes)), sum(cpus for cpus, _ in working), min(memory // cpus for cpus, memory in working)
+        )
+
+    def run(self, stage: Stage[Task, Result], tasks: Sequence[Task], on_done: Callable[[int, Result], None]) -> None:
+        """See Engine.run. Many more tasks than the cluster has slots are never handed to Ray at once."""
+        flight = _Flight(stage, tasks)
         try:
-            map_fn, reduce_fn = ray.put(map), ray.put(reduce)
-            scan: Any = ray.remote(_map).options(name="scan", num_returns=1 + ranges)
-            tables: list[list[Any]] = [[] for _ in range(len(tasks))]
-
-            def start_map(number: int) -> Any:
-                summary, *parts = scan.remote(map_fn, tasks[number])
-                tables[number] = parts
-                return summary
-
-            self._drain(len(tasks), start_map, on_mapped)
-
-            merge = ray.remote(_reduce).options(name="merge")
-            results: list[Any] = [None] * ranges
-
-            def start_reduce(number: int) -> Any:
-                return merge.remote(reduce_fn, number, *[parts[number] for parts in tables])
-
-            def keep(number: int, result: Any) -> None:
-                results[number] = result
-                for parts in tables:
-                    parts[number] = None
-                on_reduced(number)
-
-            self._drain(ranges, start_reduce, keep)
-            return results
+            flight.run(on_done)
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, KsmdistError):
@@ -115,22 +124,122 @@ class RayEngine:
             raise
         except RayError as error:
             raise EngineError(
-                f"Ray lost the work: {str(error).splitlines()[0]}", "ray", "run it again, or use --engine inline"
+                f"Ray lost the work: {(str(error) or type(error).__name__).splitlines()[0]}",
+                f"stage {stage.name}",
+                "see that the cluster is well, or use --engine inline",
             ) from None
-
-    def _drain(self, count: int, start: Callable[[int], Any], done: Callable[[int, Any], None]) -> None:
-        """Start `count` tasks, a bounded number at a time, and hand each result on as it comes."""
-        running: dict[Any, int] = {}
-        started = 0
-        while running or started < count:
-            while started < count and len(running) < self._in_flight:
-                running[start(started)] = started
-                started += 1
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for ref in ready:
-                number = running.pop(ref)
-                done(number, ray.get(ref))
+        finally:
+            flight.cancel()
 
     def close(self) -> None:
         """Leave the cluster, or stop the one started here."""
         ray.shutdown()
+
+
+class _Flight:
+    """The tasks of a stage that Ray has: which, and how often they were lost."""
+
+    def __init__(self, stage: Stage[Any, Any], tasks: Sequence[Any]) -> None:
+        self._stage = stage
+        self._tasks = tasks
+        self._work: Any = ray.remote(_work)
+        self._options: dict[str, Any] = {"max_retries": _RETRIES, "num_cpus": 1}
+        if stage.memory:
+            self._options["memory"] = stage.memory
+        self._shared = ray.put(stage)
+        self._running: dict[Any, int] = {}
+        self._lost: dict[int, int] = {}
+        self._looked = -_LOOK_S
+        self._most = 2
+
+    def run(self, on_done: Callable[[int, Any], None]) -> None:
+        """All tasks, to the end."""
+        started = 0
+        while self._running or started < len(self._tasks):
+            self._look()
+            while started < len(self._tasks) and len(self._running) < self._most:
+                self._start(started)
+                started += 1
+            some, _ = ray.wait(list(self._running), num_returns=1, timeout=_LOOK_S)
+            if some:  # and all others that are ready
+                some, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+            for ref in some:
+                number = self._running.pop(ref)
+                try:
+                    result = ray.get(ref)
+                except RayTaskError:
+                    raise
+                except RayError as error:
+                    self._again(number, error)
+                else:
+                    on_done(number, result)
+
+    def cancel(self) -> None:
+        """Give up what has not ended."""
+        for ref in self._running:
+            ray.cancel(ref, force=True)
+
+    def _look(self) -> None:
+        """How many tasks the cluster can have now."""
+        if time.monotonic() - self._looked < _LOOK_S:
+            return
+        self._looked = time.monotonic()
+        memory, slots, largest = self._stage.memory, 0, 0
+        for cpus, available in map(_size, _alive()):
+            slots += min(cpus, available // memory) if memory else cpus
+            largest = max(largest, available)
+        if memory > largest > 0:
+            raise SettingsError(
+                f"no node has the {memory >> 20} MiB that a {self._stage.name} task may take: the largest has "
+                f"{largest >> 20} MiB",
+                "task_memory",
+                "set a smaller one, or add larger nodes",
+            )
+        self._most = max(2, slots * _TASKS_A_SLOT)
+
+    def _start(self, number: int) -> None:
+        task = self._tasks[number]
+        options = self._options | {"name": self._stage.describe(task)}
+        node = self._stage.node(task)
+        if node:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self._node_id(node), soft=False)
+        self._running[self._work.options(**options).remote(self._shared, task)] = number
+
+    def _node_id(self, name: str) -> str:
+        until = time.monotonic() + _NODE_PATIENCE_S
+        while name not in (there := _names(_alive())):
+            if time.monotonic() > until:
+                raise EngineError(
+                    "has left the cluster, and images are on it alone",
+                    f"node {name}",
+                    "bring it back",
+                )
+            time.sleep(0.5)
+        return there[name]
+
+    def _again(self, number: int, error: RayError) -> None:
+        """Start a lost task that must run on one node again: Ray gives up as soon as that node is gone."""
+        self._lost[number] = self._lost.get(number, 0) + 1
+        if not self._stage.node(self._tasks[number]) or self._lost[number] > _RETRIES:
+            raise error
+        time.sleep(0.5)  # a node that has just died is still taken for alive
+        self._start(number)
+
+
+def _alive() -> list[Mapping[str, Any]]:
+    nodes: list[Mapping[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"]]
+
+
+def _size(node: Mapping[str, Any]) -> tuple[int, int]:
+    """CPUs and bytes of memory that Ray gives out of a node."""
+    return int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("memory", 0))
+
+
+def _names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Node ids by the names that a node goes by: its label, then its host's name and address."""
+    names: dict[str, str] = {}
+    for key in ("NodeManagerAddress", "NodeManagerHostname"):
+        names |= {node[key]: node["NodeID"] for node in nodes}
+    labels = [(node.get("Labels", {}).get(HOST_LABEL), node["NodeID"]) for node in nodes]
+    return names | {label: node_id for label, node_id in labels if label}

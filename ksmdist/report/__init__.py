@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from ksmdist.report.bar import Bar
+from ksmdist.report.bar import Bar, Log
+from ksmdist.report.plan import render_plan
 from ksmdist.report.predictions import render_explain, render_prediction, render_unmerge, render_whatif
 from ksmdist.report.terminal import format_bytes, headline, render
 
 __all__ = [
     "Bar",
+    "Log",
     "format_bytes",
     "headline",
     "render",
     "render_explain",
+    "render_plan",
     "render_prediction",
     "render_unmerge",
     "render_whatif",

@@ -1,4 +1,4 @@
-"""The progress bar, on a terminal's stderr."""
+"""How a run goes, on stderr: a bar on a terminal, a line a stage in a log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-__all__ = ["Bar"]
+__all__ = ["Bar", "Log"]
 
 
 class Bar:
@@ -56,6 +56,36 @@ class Bar:
         assert self._task is not None
         self._bars.update(self._task, advance=1)
 
+    def stage(self, line: str) -> None:
+        """A bar says enough."""
+
     def close(self) -> None:
         """Take the bar away."""
         self._bars.stop()
+
+
+class Log:
+    """A line for each stage, for who reads it later: a job's log."""
+
+    def __init__(self, err: TextIO) -> None:
+        self._err = err
+
+    def engine(self, name: str, why: str) -> None:
+        """Say which engine runs, and why."""
+        self.stage(f"engine: {name} ({why})")
+
+    def scanning(self, pages: int, page_size: int) -> None:
+        """Say nothing: it is not done."""
+
+    def scanned(self, pages: int) -> None:
+        """Say nothing: one task is no news."""
+
+    def merged(self, ranges: int) -> None:
+        """Say nothing: one range is no news."""
+
+    def stage(self, line: str) -> None:
+        """Say what is done."""
+        print(f"ksmdist: {line}", file=self._err, flush=True)
+
+    def close(self) -> None:
+        """Nothing is held."""

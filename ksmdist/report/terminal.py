@@ -202,7 +202,8 @@ def render(
             shown.add_column(heading, justify="right")
         for row in images.slice(0, MAX_ROWS).to_pylist():
             names = ("total", "zero", "duplicate", "unique", "shared_within", "shared_with_others")
-            shown.add_row(row["image_id"], *(f"{row[name]:,}" for name in names))
+            known = row["unreadable"] is not None
+            shown.add_row(row["image_id"], *(f"{row[name]:,}" if known else "?" for name in names))
         to.print(shown)
     if "process" in images.column("kind").to_pylist():
         to.print(process_table(processes))
@@ -215,6 +216,12 @@ def render(
         to.out(
             f"INCOMPLETE: {holes['pages']:,} pages in {holes['ranges']:,} ranges could not be read and are not "
             "counted; holes.parquet lists them"
+        )
+    if holes["images"]:
+        missing = ", ".join(holes["images"][:MAX_ROWS])
+        to.out(
+            f"INCOMPLETE: {len(holes['images']):,} images are on nodes that are not in the cluster, and are not "
+            f"counted: {missing}"
         )
     to.out(f"engine: {summary['engine']} ({summary['engine_why']})")
     to.out(f"run directory: {summary['run']}")

@@ -417,7 +417,7 @@ _KIND_DOCS = {
 
 IMAGES = Table(
     name="images",
-    version=1,
+    version=2,
     doc="A row for each image: its pages by class and kind, and what it shares.",
     file="images.parquet",
     sort=("scan_order",),
@@ -435,7 +435,12 @@ IMAGES = Table(
         Column("tenant", pa.string(), "its owner, empty if unknown"),
         pages("total", "pages present and read: the sum of the classes below"),
         pages("absent", "pages with no bytes in the image: never touched, left out by the dump, a hole in the file"),
-        pages("unreadable", "pages that should be in the image but could not be read: the sum over its holes"),
+        pages(
+            "unreadable",
+            "pages that should be in the image but could not be read: the sum over its holes; null if the whole image "
+            "was out of reach, so that its size is not known",
+            nullable=True,
+        ),
         *(pages(name, _CLASS_DOCS[name]) for name in CLASSES),
         *(pages(f"kind_{name}", _KIND_DOCS[name]) for name in KINDS),
         pages("shared_within", "non-zero eligible pages whose content this image holds twice or more"),
@@ -446,19 +451,19 @@ IMAGES = Table(
 
 HOLES = Table(
     name="holes",
-    version=1,
+    version=2,
     doc="A row for each range of addresses that should be in an image but could not be read.",
     file="holes.parquet",
     sort=("image_id", "address"),
     columns=(
         Column("image_id", pa.string(), "name of the image"),
         Column("address", pa.uint64(), "first address of the range, page-aligned", unit="bytes"),
-        pages("pages", "length of the range"),
+        pages("pages", "length of the range; null for a whole image whose size is not known", nullable=True),
         Column(
             "reason",
             pa.string(),
             "truncated: the file ends before it | unreadable: reading it failed | partial_page: the image has only "
-            "some of the page's bytes",
+            "some of the page's bytes | no_node: the node that has the image is not in the cluster",
         ),
     ),
 )

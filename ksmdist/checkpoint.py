@@ -1,0 +1,309 @@
+"""An unfinished run on disk: what finished tasks found, kept so that no fault costs it twice.
+
+    RUN.partial/            becomes RUN when the run is done
+        lock                held (flock) by the driver that writes here
+        plan.json           what is scanned, and how: enough to go on without the command that began it
+        work/0-00012.arrow  what task 12 of the map found: a record batch of `shard_content` a digest range
+        work/0-00012.json   its mark: the task is done; its summary, and a checksum of the file
+        work/1-00003.*      the same of combination 3 of results of level 0, in whose place it stands
+        stable_tree/        parts of the run itself
+
+A file gets its name when it is whole, and its mark after that: a mark without its file, or with
+another checksum, counts as no mark. So a task may run twice, at once even: the results are the same
+bytes. Tasks and driver see the directory under one path, on a file system that they share.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import xxhash
+
+from ksmdist.errors import RunDirectoryError
+from ksmdist.store import whole_file
+from ksmdist.tables import SHARD_CONTENT
+
+__all__ = ["Checkpoint", "check_free", "content_file", "drop_content", "read_mark", "read_range", "unfinished", "write_content"]
+
+_PLAN_VERSION = 1
+
+
+def content_file(directory: Path, level: int, number: int) -> Path:
+    """Where result `number` of level `level` is: 0 the map, above it combinations."""
+    return directory / "work" / f"{level}-{number:05d}.arrow"
+
+
+def write_content(
+    content: Iterable[pa.Table], directory: Path, level: int, number: int, summary: Mapping[str, Any]
+) -> list[int]:
+    """Write `shard_content` tables, one a digest range, then the mark with `summary`; returns the rows of each.
+
+    Raises RunDirectoryError where it cannot be written (a full disk, a node that does not see the directory).
+    """
+    path = content_file(directory, level, number)
+    rows = []
+    try:
+        with whole_file(path) as sink, pa.ipc.new_file(sink, SHARD_CONTENT.schema) as writer:
+            for table in content:
+                rows.append(len(table))
+                batches = table.combine_chunks().to_batches()
+                writer.write_batch(batches[0] if batches else _EMPTY)
+        nbytes, checksum = _checksum(path)
+        mark = {"rows": rows, "nbytes": nbytes, "xxh3_64": checksum, "summary": summary}
+        with whole_file(path.with_suffix(".json")) as sink:
+            sink.write(json.dumps(mark, separators=(",", ":")).encode())
+    except OSError as error:
+        raise _unwritable(path, directory, error) from None
+    return rows
+
+
+def read_mark(directory: Path, level: int, number: int, superseded: bool = False) -> dict[str, Any] | None:
+    """What write_content() wrote of a result: {"rows", "summary", ...}; None where it is not there, or not whole.
+
+    superseded: a result of a higher level stands in the file's place, so that the mark alone counts.
+    """
+    path = content_file(directory, level, number)
+    try:
+        mark: dict[str, Any] = json.loads(path.with_suffix(".json").read_bytes())
+        if not superseded and (mark["nbytes"], mark["xxh3_64"]) != _checksum(path):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return mark
+
+
+def read_range(directory: Path, results: Sequence[tuple[int, int]], number: int) -> list[pa.Table]:
+    """The `shard_content` rows of one digest range in results (level, number), in that order, of those that have any.
+
+    Files are opened one after the other, and only the range's part of each is read. Raises RunDirectoryError.
+    """
+    tables = []
+    for level, result in results:
+        path = content_file(directory, level, result)
+        try:
+            with pa.OSFile(str(path)) as source, pa.ipc.open_file(source) as reader:
+                batch = reader.get_batch(number)
+        except (OSError, pa.ArrowException) as error:
+            raise RunDirectoryError(
+                f"holds a result that cannot be read: {str(error).splitlines()[0]}",
+                str(path),
+                "run the images again",
+            ) from None
+        if batch.num_rows:
+            tables.append(pa.Table.from_batches([batch]))
+    return tables
+
+
+def drop_content(directory: Path, results: Iterable[tuple[int, int]]) -> None:
+    """Remove the files of results that a combination stands for; their marks stay."""
+    for level, number in results:
+        content_file(directory, level, number).unlink(missing_ok=True)
+
+
+_EMPTY = pa.RecordBatch.from_pylist([], SHARD_CONTENT.schema)
+
+
+def _checksum(path: Path) -> tuple[int, str]:
+    digest = xxhash.xxh3_64()
+    nbytes = 0
+    with open(path, "rb", buffering=0) as source:
+        while block := source.read(1 << 20):
+            digest.update(block)
+            nbytes += len(block)
+    return nbytes, digest.hexdigest()
+
+
+def _unwritable(path: Path, directory: Path, error: OSError) -> RunDirectoryError:
+    if not directory.is_dir():
+        return RunDirectoryError(
+            f"is not there on node {socket.gethostname()}",
+            str(directory),
+            "choose a run directory on a file system that all nodes have under this path",
+        )
+    return RunDirectoryError(
+        f"cannot be written: {os.strerror(error.errno) if error.errno else error}",
+        str(path),
+        "free some space",
+    )
+
+
+class Checkpoint:
+    """The directory of an unfinished run, held by this process until close().
+
+    path: where the run will be; directory: where it is made; plan: what plan.json says.
+    """
+
+    def __init__(self, path: Path, directory: Path, lock: int, plan: dict[str, Any]) -> None:
+        self.path = path
+        self.directory = directory
+        self.plan = plan
+        self._lock = lock
+
+    @classmethod
+    def begin(cls, path: Path, plan: Mapping[str, Any]) -> Checkpoint:
+        """Start a run that will be at `path`, or go on with one of the same plan.
+
+        Raises RunDirectoryError: `path` holds something; another driver writes here; an unfinished
+        run of another plan with finished tasks is here; it cannot be made.
+        """
+        check_free(path)
+        directory = _partial(path)
+        wanted = {"plan_version": _PLAN_VERSION, **json.loads(json.dumps(plan))}
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+            lock = _locked(path, directory)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot be made: {os.strerror(error.errno or 0)}", str(path), "choose another directory with -o"
+            ) from None
+        self = cls(path, directory, lock, wanted)
+        try:
+            if self.complete:
+                raise RunDirectoryError(
+                    "a finished run that has not got its name yet is here",
+                    str(directory),
+                    f"put it in place with ksmdist run --resume {path}, or remove it",
+                )
+            there = _read_plan(directory)
+            if there is not None and there != wanted:
+                done = self.finished()
+                if done:
+                    raise RunDirectoryError(
+                        f"an unfinished run of other images or settings is here, with {done} finished tasks",
+                        str(directory),
+                        f"finish it with ksmdist run --resume {path}, or remove it",
+                    )
+                there = None
+            if there is None:
+                self._clear()
+                (directory / "work").mkdir(mode=0o700)
+                (directory / "stable_tree").mkdir(mode=0o700)
+                with whole_file(directory / "plan.json") as sink:
+                    sink.write(json.dumps(wanted, separators=(",", ":")).encode())
+        except OSError as error:
+            self.close()
+            raise RunDirectoryError(
+                f"cannot be written: {os.strerror(error.errno or 0)}", str(directory), "choose another -o"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    @classmethod
+    def resume(cls, path: Path) -> Checkpoint:
+        """Take up the unfinished run that was to be at `path`; raises RunDirectoryError where there is none."""
+        directory = _partial(path)
+        if not directory.is_dir():
+            done = "is finished" if (path / "run.json").is_file() else "is not there, finished or unfinished"
+            raise RunDirectoryError(done, str(path), "run the images with -o, or read the run that is there")
+        lock = _locked(path, directory)
+        if (directory / "run.json").is_file():  # it ended between the last write and the rename
+            return cls(path, directory, lock, {})
+        plan = _read_plan(directory)
+        if plan is None:
+            os.close(lock)
+            raise RunDirectoryError(
+                "has no plan.json of this version: nothing can be taken up", str(directory), "remove it, and run again"
+            )
+        return cls(path, directory, lock, plan)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all is written, and only finish() is wanting."""
+        return (self.directory / "run.json").is_file()
+
+    def finished(self) -> int:
+        """How many tasks of the map have a mark."""
+        return unfinished(self.path)
+
+    def finish(self) -> None:
+        """Give the run its name: from here on it is whole. Raises RunDirectoryError."""
+        try:
+            shutil.rmtree(self.directory / "work", ignore_errors=True)
+            (self.directory / "plan.json").unlink(missing_ok=True)
+            (self.directory / "lock").unlink(missing_ok=True)
+            os.rename(self.directory, self.path)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot be put in place: {os.strerror(error.errno or 0)}",
+                str(self.path),
+                f"the finished run is {self.directory}",
+            ) from None
+
+    def close(self) -> bool:
+        """Let go of it; remove it where nothing in it is worth taking up. Returns whether it is kept."""
+        keep = self.complete or self.finished() > 0
+        if not keep:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        os.close(self._lock)
+        return keep
+
+    def _clear(self) -> None:
+        for entry in self.directory.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
+
+
+def check_free(path: Path) -> None:
+    """Raises RunDirectoryError if `path` exists and is not an empty directory, or cannot be made."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        holds = "already holds a run" if (path / "run.json").exists() else "exists and is not an empty directory"
+        raise RunDirectoryError(holds, str(path), "choose another directory with -o, or remove this one")
+    if not path.parent.is_dir():
+        raise RunDirectoryError(
+            f"cannot be made: {path.parent} is no directory", str(path), "choose another directory with -o"
+        )
+
+
+def unfinished(path: Path) -> int:
+    """Finished tasks of the map in the unfinished run that was to be at `path`; 0 where there is none."""
+    return sum(1 for _ in (_partial(path) / "work").glob("0-*.json"))
+
+
+def _partial(path: Path) -> Path:
+    return path.parent / f"{path.name}.partial"
+
+
+def _locked(path: Path, directory: Path) -> int:
+    """A descriptor of the lock file, locked: the kernel lets go of it when the process ends, however it ends."""
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(lock, 256, 0).decode(errors="replace").strip()
+        os.close(lock)
+        raise RunDirectoryError(
+            f"is being written by another ksmdist ({holder})", str(path), "wait for it, or choose another -o"
+        ) from None
+    if not _same_file(lock, directory / "lock"):  # its holder has just ended, and taken the file away
+        os.close(lock)
+        raise RunDirectoryError("was being written until now", str(path), "try again")
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return lock
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
+
+
+def _read_plan(directory: Path) -> dict[str, Any] | None:
+    try:
+        plan: dict[str, Any] = json.loads((directory / "plan.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return plan if isinstance(plan, dict) and plan.get("plan_version") == _PLAN_VERSION else None

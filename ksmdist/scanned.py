@@ -1,0 +1,192 @@
+"""What scans tell the driver, a few numbers an image, and the tables made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ksmdist.classes import Classified
+from ksmdist.images import Hole, ImageInfo
+from ksmdist.settings import Settings
+from ksmdist.tables import CLASSES, HOLES, IMAGES, KINDS, PASSED_OVER, REASONS, REGIONS, ZERO_COLORS
+
+__all__ = ["Mapped", "Opened", "Scanned", "colors_table", "holes_table", "images_table", "regions_table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An image of a run. node: the node that alone has it, "" for any; holes: known from its headers.
+
+    reached False: the node is not in the cluster, so that nothing is known but the name.
+    """
+
+    image_id: str
+    node: str
+    info: ImageInfo
+    holes: tuple[Hole, ...] = ()
+    reached: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        """As plan.json keeps it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Opened:
+        """Read what as_json() gave, through JSON."""
+        info = dict(fields["info"])
+        for name in ("caveats", "regions"):
+            info[name] = tuple(info[name])
+        for name in ("passed_over", "ksm_stat"):
+            info[name] = tuple(map(tuple, info[name]))
+        holes = tuple(Hole(**hole) for hole in fields["holes"])
+        return cls(fields["image_id"], fields["node"], ImageInfo(**info), holes, fields["reached"])
+
+
+@dataclass(slots=True)
+class Scanned:
+    """What scans found of an image: pages by class, kind, region and colour of the zero page.
+
+    classes: int64[classes]; kinds: int64[kinds]; regions: int64[regions + 1, reasons]; colors: int64[colors, 2];
+    framed: pages whose frame is known
+    """
+
+    classes: np.ndarray
+    kinds: np.ndarray
+    regions: np.ndarray
+    colors: np.ndarray
+    framed: int = 0
+
+    @classmethod
+    def nothing(cls, info: ImageInfo, settings: Settings) -> Scanned:
+        """Of an image of which nothing is scanned yet."""
+        return cls(
+            np.zeros(len(CLASSES), np.int64),
+            np.zeros(len(KINDS), np.int64),
+            np.zeros((len(info.regions) + 1, len(REASONS)), np.int64),
+            np.zeros((settings.zero_page_colors, 2), np.int64),
+        )
+
+    def add(self, other: Scanned | Classified) -> None:
+        """Add what another scan of the image found."""
+        self.classes += other.classes
+        self.kinds += other.kinds
+        self.regions += other.regions
+        self.colors += other.colors
+        self.framed += other.framed
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """What one task of the map tells the driver: its images by number, and holes. pages: in its shards."""
+
+    images: Mapping[int, Scanned]
+    holes: Sequence[tuple[int, Hole]]
+    pages: int
+
+    def as_json(self) -> dict[str, Any]:
+        """As the task's mark keeps it."""
+        images = {}
+        for number, scanned in self.images.items():
+            at = np.argwhere(scanned.regions)
+            images[str(number)] = {
+                "classes": scanned.classes.tolist(),
+                "kinds": scanned.kinds.tolist(),
+                "regions": np.column_stack([at, scanned.regions[at[:, 0], at[:, 1]]]).tolist(),
+                "colors": scanned.colors.tolist(),
+                "framed": int(scanned.framed),
+            }
+        return {"images": images, "holes": [[image, asdict(hole)] for image, hole in self.holes], "pages": self.pages}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any], infos: Mapping[int, ImageInfo], settings: Settings) -> Mapped:
+        """Read what as_json() gave, through JSON. infos: by number, of its images at least."""
+        images = {}
+        for name, found in fields["images"].items():
+            scanned = Scanned.nothing(infos[int(name)], settings)
+            scanned.classes[:], scanned.kinds[:], scanned.colors[:] = found["classes"], found["kinds"], found["colors"]
+            for region, reason, count in found["regions"]:
+                scanned.regions[region, reason] = count
+            scanned.framed = found["framed"]
+            images[int(name)] = scanned
+        return cls(images, [(image, Hole(**hole)) for image, hole in fields["holes"]], fields["pages"])
+
+
+def holes_table(holes: Sequence[tuple[int, Hole]], images: Sequence[Opened], page_size: int) -> pa.Table:
+    """The `holes` table: sorted, and neighbours with one reason joined, however the shards cut them."""
+    joined: list[tuple[int, Hole]] = []
+    for image, hole in sorted(holes, key=lambda found: (found[0], found[1].address)):
+        before, last = joined[-1] if joined else (-1, hole)
+        if (before, last.address + last.pages * page_size, last.reason) == (image, hole.address, hole.reason):
+            joined[-1] = (image, replace(last, pages=last.pages + hole.pages))
+        else:
+            joined.append((image, hole))
+    rows: list[dict[str, Any]] = [{"image_id": images[image].image_id, **asdict(hole)} for image, hole in joined]
+    rows += [
+        {"image_id": image.image_id, "address": 0, "pages": None, "reason": "no_node"}
+        for image in images
+        if not image.reached
+    ]
+    rows.sort(key=lambda row: (row["image_id"], row["address"]))
+    return pa.Table.from_pylist(rows, schema=HOLES.schema)
+
+
+def images_table(images: Sequence[Opened], holes: pa.Table, found: Sequence[Scanned], shares: np.ndarray) -> pa.Table:
+    """The `images` table. shares: int64[images, 4], pages duplicate, unique, shared within, shared with others."""
+    ids = [image.image_id for image in images]
+    infos = [image.info for image in images]
+    unreadable = {image.image_id: 0 if image.reached else None for image in images}
+    for row in holes.to_pylist():
+        if row["pages"] is not None:
+            unreadable[row["image_id"]] = (unreadable[row["image_id"]] or 0) + row["pages"]
+    by_class = np.stack([scanned.classes for scanned in found])
+    by_kind = np.stack([scanned.kinds for scanned in found])
+    by_class[:, CLASSES.index("duplicate")] += shares[:, 0]
+    by_class[:, CLASSES.index("unique")] += shares[:, 1]
+    columns: dict[str, object] = {
+        "scan_order": np.arange(len(ids), dtype=np.int32),
+        "image_id": ids,
+        "kind": [info.kind for info in infos],
+        "format": [info.format for info in infos],
+        "host": [info.host for info in infos],
+        "tenant": [info.tenant for info in infos],
+        "total": by_class.sum(axis=1),
+        "absent": [info.pages_absent for info in infos],
+        "unreadable": [unreadable[image_id] for image_id in ids],
+    }
+    columns |= {name: by_class[:, code] for code, name in enumerate(CLASSES)}
+    columns |= {f"kind_{name}": by_kind[:, code] for code, name in enumerate(KINDS)}
+    columns |= {"shared_within": shares[:, 2], "shared_with_others": shares[:, 3]}
+    columns |= {"frames_known": [scanned.framed for scanned in found]}
+    return pa.Table.from_pydict(columns, schema=IMAGES.schema)
+
+
+def regions_table(infos: Sequence[ImageInfo], found: Sequence[Scanned]) -> pa.Table:
+    """The `regions` table; pages that are absent for no reason given are of no region."""
+    rows = []
+    for number, (info, scanned) in enumerate(zip(infos, found, strict=True)):
+        by_region: dict[str, dict[str, int]] = {}
+        said = sum(pages for _, _, pages in info.passed_over)
+        passed_over = [*info.passed_over, ("", "absent", max(0, info.pages_absent - said))]
+        counted = [
+            (region, reason, pages)
+            for region, counts in zip([*info.regions, ""], scanned.regions.tolist(), strict=True)
+            for reason, pages in zip(REASONS, counts, strict=True)
+        ]
+        for region, reason, pages in [*passed_over, *counted]:
+            if pages:
+                row = by_region.setdefault(region, dict.fromkeys((*PASSED_OVER, "absent", *REASONS), 0))
+                row[reason] += pages
+        rows += [{"image": number, "region": region or None, **by_region[region]} for region in sorted(by_region)]
+    return pa.Table.from_pylist(rows, schema=REGIONS.schema)
+
+
+def colors_table(found: Sequence[Scanned]) -> pa.Table:
+    """The `zero_colors` table."""
+    total = sum(scanned.colors for scanned in found)
+    assert isinstance(total, np.ndarray)
+    columns = {"color": np.arange(len(total), dtype=np.int32), "zero": total[:, 0], "zero_mapped_fault": total[:, 1]}
+    return pa.Table.from_pydict(columns, schema=ZERO_COLORS.schema)
