@@ -31,7 +31,16 @@ from ksmdist.errors import RunDirectoryError
 from ksmdist.store import whole_file
 from ksmdist.tables import SHARD_CONTENT
 
-__all__ = ["Checkpoint", "check_free", "content_file", "drop_content", "read_mark", "read_range", "unfinished", "write_content"]
+__all__ = [
+    "Checkpoint",
+    "check_free",
+    "content_file",
+    "drop_content",
+    "read_mark",
+    "read_range",
+    "unfinished",
+    "write_content",
+]
 
 _PLAN_VERSION = 1
 
@@ -229,6 +238,8 @@ class Checkpoint:
         """Give the run its name: from here on it is whole. Raises RunDirectoryError."""
         try:
             shutil.rmtree(self.directory / "work", ignore_errors=True)
+            for left in (*self.directory.glob(".*"), *(self.directory / "stable_tree").glob(".*")):
+                left.unlink(missing_ok=True)  # of a worker that was killed while it wrote
             (self.directory / "plan.json").unlink(missing_ok=True)
             (self.directory / "lock").unlink(missing_ok=True)
             os.rename(self.directory, self.path)

@@ -203,7 +203,7 @@ def predict(sharing: Sharing, settings: Settings) -> Prediction:
 
 def _closed(sharing: Sharing, settings: Settings, tally: _Tally) -> None:
     """Contents other than zero in frames of their own, by arithmetic."""
-    table = _rows(sharing.image_spectrum, settings)
+    table = sharing.by_image(settings.merge_across_nodes)
     last = table[table[:, 3] + table[:, 4] == table[:, 2]]  # a row a content: of the image that has its last copy
     copies, contents = last[:, 2], last[:, 6]
     scans = settings.full_scans
@@ -331,12 +331,6 @@ def _unsplit(followed: Followed, settings: Settings) -> tuple[Stretch, ...]:
 def _frames(rows: Sequence[Stretch]) -> int:
     own = sum(row.pages for row in rows if row.frame == OWN_FRAMES)
     return own + len({row.frame for row in rows if row.frame != OWN_FRAMES})
-
-
-def _rows(table: np.ndarray, settings: Settings) -> np.ndarray:
-    """The rows for all nodes together, or those for single nodes, by merge_across_nodes."""
-    chosen: np.ndarray = table[(table[:, 0] == ALL_NODES) == settings.merge_across_nodes]
-    return chosen
 
 
 def _by_image(image: np.ndarray, pages: np.ndarray, images: int) -> np.ndarray:

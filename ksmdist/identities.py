@@ -50,7 +50,7 @@ def check(
     present = sum(classes.values())
     outside = sum(classes[name] for name in ("ineligible", "zero_mapped_fault", "volatile", "unique")) + lone_zero
     candidates = sum(classes[name] for name in ("zero", "zero_mapped_ksm", "duplicate", "unique"))
-    by_image = sharing.image_spectrum[sharing.image_spectrum[:, 0] == ALL_NODES]
+    by_image = sharing.by_image(True)
     in_patterns = sum(
         pattern.contents * int(pattern.rows[:, PATTERN_COLUMNS.index("pages")].sum()) for pattern in sharing.patterns
     )

@@ -19,14 +19,14 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from ksmdist import checkpoint, counters, engines, fleet, identities, images, plan, runs, scanned, stages, store, tree
+from ksmdist import checkpoint, counters, engines, fleet, identities, images, plan, runs, scanned, stages, store
 from ksmdist.checkpoint import Checkpoint
 from ksmdist.counters import Prediction
 from ksmdist.engines import Engine, Stage
 from ksmdist.errors import EngineError, KsmdistError, RunDirectoryError, SettingsError
 from ksmdist.fleet import Source
 from ksmdist.images import ImageInfo
-from ksmdist.mappings import add_patterns, mark_split
+from ksmdist.images.uris import is_uri
 from ksmdist.plan import Estimate, Plan
 from ksmdist.runs import Run
 from ksmdist.scanned import Opened, Scanned
@@ -44,13 +44,13 @@ from ksmdist.tables import (
     WHATIF,
     ZERO_COLORS,
 )
+from ksmdist.totals import Merged, Totals
 from ksmdist.version import __version__
 from ksmdist.whatif import grid
 
 __all__ = ["NoProgress", "Progress", "estimate", "resume", "run"]
 
 _SOURCES_A_TASK = 16  # looked at by one task
-_FOLD_ROWS = 1 << 22  # rows of spectra that the driver keeps before it adds them up
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -171,7 +171,7 @@ def estimate(
         pages = [image.info.pages for image in opened]
         settings = plan.fill(settings, sum(pages), machines.memory_a_cpu)
         planned = plan.plan(pages, [image.node for image in opened], settings)
-        remote = sum(image.info.pages for image in opened if fleet.is_remote(image.info.path))
+        remote = sum(image.info.pages for image in opened if is_uri(image.info.path))
         start_s = engines.RAY_START_S if choice.name == "ray" and not choice.address else 0.3
         cluster = choice.address is not None
         return settings, planned.estimate(pages, remote, cpus or machines.cpus, start_s, cluster), choice
@@ -291,7 +291,7 @@ def _said(source: Source, info: ImageInfo) -> ImageInfo:
 def _unknown(source: Source, settings: Settings) -> ImageInfo:
     """An image of which no more is known than the manifest says."""
     return _said(
-        source,
+        replace(source, image_id=source.image_id or str(source)),
         ImageInfo(
             path=source.uri,
             format="unknown",
@@ -418,10 +418,10 @@ def _flow(
 
     # Reduce.
     pieces = plan.cut_ranges(rows, plan.share(settings.task_memory))
-    sums = _Sums(len(infos))
+    totals = Totals(len(infos))
 
-    def on_merged(_: int, merged: stages.Merged) -> None:
-        sums.add(merged)
+    def on_merged(_: int, merged: Merged) -> None:
+        totals.add(merged)
         progress.merged(len(pieces))
 
     runner.run(
@@ -440,12 +440,12 @@ def _flow(
 
     # Count.
     holes_table = scanned.holes_table(holes, opened, settings.page_size)
-    images_table = scanned.images_table(opened, holes_table, found, sums.shares)
-    sharing = Sharing.of(images_table, names, *sums.spectra(), mark_split(sums.patterns, sums.split()))
+    images_table = scanned.images_table(opened, holes_table, found, totals.shares)
+    sharing = Sharing.of(images_table, names, totals.spectrum(), totals.image_spectrum(), totals.patterns())
     prediction = counters.predict(sharing, settings)
     known = sum(hole.pages for image in opened for hole in image.holes)
     lost = sum(pages or 0 for pages in holes_table.column("pages").to_pylist()) - known
-    checked = identities.check(sharing, prediction, settings, sums.stable_copies, total, lost)
+    checked = identities.check(sharing, prediction, settings, totals.stable_copies, total, lost)
     written = sharing.tables() | {
         IMAGES.name: images_table,
         HOLES.name: holes_table,
@@ -492,44 +492,6 @@ def _flow(
         directory,
     )
     return Run(held.path, summary, settings, sharing, written[REGIONS.name], written[KSM_STAT.name], tuple(caveats))
-
-
-class _Sums:
-    """What merges found, added up as they end, in whatever order."""
-
-    def __init__(self, image_count: int) -> None:
-        self.shares = np.zeros((image_count, 4), np.int64)
-        self.patterns: dict[bytes, int] = {}
-        self.stable_copies = 0
-        self._spectra: list[np.ndarray] = []
-        self._by_image: list[np.ndarray] = []
-        self._split: list[np.ndarray] = []
-        self._rows = 0
-
-    def add(self, merged: stages.Merged) -> None:
-        """Add a piece."""
-        self.shares[merged.images[:, 0]] += merged.images[:, 1:]
-        self.patterns = add_patterns([self.patterns, merged.patterns])
-        self.stable_copies += merged.stable_copies
-        self._spectra.append(merged.spectrum)
-        self._by_image.append(merged.image_spectrum)
-        self._split.append(merged.split)
-        self._rows += len(merged.spectrum) + len(merged.image_spectrum)
-        if self._rows > _FOLD_ROWS:
-            self._fold()
-
-    def _fold(self) -> None:
-        self._spectra = [tree.add_rows(self._spectra)]
-        self._by_image = [tree.add_rows(self._by_image)]
-        self._rows = 0
-
-    def spectra(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sharing.spectrum and Sharing.image_spectrum."""
-        return tree.add_rows(self._spectra), tree.add_rows(self._by_image)
-
-    def split(self) -> np.ndarray:
-        """As mark_split() takes it."""
-        return np.concatenate(self._split)
 
 
 def _node_of(directory: Path, scan: stages.Scan) -> str:

@@ -66,12 +66,16 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """Results `first` to `last` (exclusive) of level `level` - 1, combined to result `number` of `level`."""
+    """Results `first` to `last` (exclusive) of level `level` - 1, combined to result `number` of `level`.
+
+    ancestors: (level, number) of the combinations that stand for this one once they are done.
+    """
 
     level: int
     number: int
     first: int
     last: int
+    ancestors: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,11 +208,14 @@ def combinations(results: int, fan_in: int) -> list[list[Combination]]:
         firsts = range(0, results, group)
         levels.append([Combination(level, n, at, min(at + group, results)) for n, at in enumerate(firsts)])
         results = len(levels[-1])
-    return levels
+    return [
+        [replace(combination, ancestors=ancestors(levels[above:], combination.number)) for combination in level]
+        for above, level in enumerate(levels, 1)
+    ]
 
 
 def ancestors(levels: Sequence[Sequence[Combination]], number: int) -> tuple[tuple[int, int], ...]:
-    """The combinations, (level, number) upwards, that stand for result `number` of the map once they are done."""
+    """The combinations, (level, number) upwards, that stand for a result of the level below once they are done."""
     found = []
     for level in levels:
         number //= level[0].last - level[0].first

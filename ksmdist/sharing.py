@@ -56,7 +56,8 @@ class Sharing:
     images:         table `images`
     region_names:   what regions are an index of
     spectrum:       int64[n, 5]: numa_node or ALL_NODES, kind, copies, frames, contents
-    image_spectrum: int64[n, 7]: numa_node or ALL_NODES, image, copies, before, here, region or -1, contents
+    image_spectrum: int64[n, 7]: numa_node or ALL_NODES, image, copies, before, here, region or -1, contents;
+                    only over all nodes where all pages are on one
     patterns:       of zero, and of contents that have a frame which fork shares
     """
 
@@ -139,6 +140,13 @@ class Sharing:
     def one_node(self) -> bool:
         """Whether all pages are on one NUMA node, and merge_across_nodes changes nothing."""
         return len(np.unique(self.spectrum[:, 0])) <= 2
+
+    def by_image(self, across_nodes: bool) -> np.ndarray:
+        """The rows of image_spectrum over all nodes, or those for each node."""
+        if self.one_node:
+            return self.image_spectrum
+        chosen: np.ndarray = self.image_spectrum[(self.image_spectrum[:, 0] == ALL_NODES) == across_nodes]
+        return chosen
 
     def of_images(self, column: str) -> np.ndarray:
         """A column of the images table, int64, by image; null (unknown) as 0."""

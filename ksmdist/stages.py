@@ -19,13 +19,13 @@ from ksmdist import checkpoint, classes, digests, fleet, images, store, tree
 from ksmdist.errors import ImageError, RunDirectoryError
 from ksmdist.fleet import Source
 from ksmdist.images import Hole, ImageInfo
-from ksmdist.mappings import Patterns
 from ksmdist.plan import Combination, Piece, Task
 from ksmdist.scanned import Mapped, Opened, Scanned
 from ksmdist.settings import Settings
 from ksmdist.tables import STABLE_TREE
+from ksmdist.totals import Merged, pack
 
-__all__ = ["Found", "Merged", "Result", "Scan", "combine", "merge", "open_sources", "read_shards", "scan"]
+__all__ = ["Found", "Result", "Scan", "combine", "merge", "open_sources", "read_shards", "scan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +137,10 @@ def _reopened(path: str, page_size: int, format: str, fingerprint: str) -> image
 def combine(directory: Path, ranges: int, combination: Combination) -> Result:
     """Combine results of the level below to one, a range at a time, and remove them: a step of the tree of merges."""
     level, number = combination.level, combination.number
+    superseded = any(checkpoint.content_file(directory, *result).exists() for result in combination.ancestors)
     members = [(level - 1, n) for n in range(combination.first, combination.last)]
     nothing = Mapped({}, (), 0)
-    mark = checkpoint.read_mark(directory, level, number)
+    mark = checkpoint.read_mark(directory, level, number, superseded)
     if mark is None:
         try:
             rows = checkpoint.write_content(_combined(directory, ranges, members), directory, level, number, {})
@@ -160,19 +161,6 @@ def _combined(directory: Path, ranges: int, members: Sequence[tuple[int, int]]) 
         yield classes.combine(list(checkpoint.read_range(directory, members, number)))
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """What a merge tells the driver of its piece: small, whatever the piece's size. rows: that went in."""
-
-    spectrum: np.ndarray
-    image_spectrum: np.ndarray
-    patterns: Patterns
-    split: np.ndarray
-    images: np.ndarray
-    stable_copies: int
-    rows: int
-
-
 def merge(
     directory: Path,
     results: Sequence[tuple[int, int]],
@@ -190,4 +178,13 @@ def merge(
     merged = tree.merge(tables, image_ids, hosts)
     store.write_table(merged.stable, STABLE_TREE, directory, piece.number)
     copies = int(np.sum(merged.stable.column("copies").to_numpy()))
-    return Merged(merged.spectrum, merged.image_spectrum, merged.patterns, merged.split, merged.images, copies, rows)
+    return Merged(
+        merged.spectrum,
+        pack(merged.image_spectrum),
+        merged.patterns,
+        merged.split,
+        merged.images,
+        merged.one_node,
+        copies,
+        rows,
+    )

@@ -32,7 +32,7 @@ __all__ = [
     "write_text",
 ]
 
-RUN_VERSION = 2
+RUN_VERSION = 3
 """Version of run.json and of the directory's layout."""
 
 

@@ -38,6 +38,8 @@ class RangeTree:
     split:          int64[n, 2]: image and number of huge pages with one zero page that merging contents here splits
     images:         int64[n, 5]: image, then its pages that are duplicate, unique, shared within,
                     shared with others; for images that have any
+    one_node:       the node that all of its pages are on: image_spectrum then has no rows for it, which would be
+                    those over all nodes again; None where there are several
     pages:          eligible pages that went in
     """
 
@@ -47,6 +49,7 @@ class RangeTree:
     patterns: Patterns
     split: np.ndarray
     images: np.ndarray
+    one_node: int | None
     pages: int
 
 
@@ -95,7 +98,7 @@ def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[
         )
     if len(pages) == 0:
         none = [np.zeros((0, width), np.int64) for width in (5, 7, 2, 5)]
-        return RangeTree(STABLE_TREE.schema.empty_table(), none[0], none[1], {}, none[2], none[3], 0)
+        return RangeTree(STABLE_TREE.schema.empty_table(), none[0], none[1], {}, none[2], none[3], None, 0)
 
     high, low = digest_words(digest)
     starts = group_starts(high, low)  # a group a content: the rows of the images and nodes that hold it
@@ -150,7 +153,9 @@ def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[
     here[kind[of_pair] == _ZERO] = 0
     facts = (copies[of_pair] >= 2, copies[of_pair] == 1, here >= 2, images[of_pair] >= 2)
     per_image = _per_image(image[pairs], here, facts)
-    return RangeTree(stable, spectrum, image_spectrum, patterns, np.stack(split, axis=1), per_image, int(pages.sum()))
+    one_node = int(node[0]) if (node == node[0]).all() else None
+    splits_of = np.stack(split, axis=1)
+    return RangeTree(stable, spectrum, image_spectrum, patterns, splits_of, per_image, one_node, int(pages.sum()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +205,6 @@ def _spectra(rows: _Rows, shared: np.ndarray, kind: np.ndarray, ordered: np.ndar
     if one_node:
         node = int(rows.node[0])
         spectra += [_with_node(table, node) for table in spectra]
-        by_image += [_with_node(table, node) for table in by_image]
     return np.concatenate(spectra), np.concatenate(by_image)
 
 

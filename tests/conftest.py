@@ -17,7 +17,11 @@ from ksmdist.images.proc import Machine
 from ksmdist.sysfs import Ksm
 from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
 
+from .stores import s3, s3_server  # noqa: F401 (fixtures)
 from .targets import Start, Target
+
+# Clusters made in a test's own process have no tokens, and a driver must know before Ray is imported.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 PAGE = 4096
 ZERO = bytes(PAGE)

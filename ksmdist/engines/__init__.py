@@ -54,7 +54,8 @@ def start(choice: Choice) -> Engine:
     if choice.name == "inline":
         return InlineEngine()
     # Ray reads its mode when it is imported; up to 2.60 a driver does not take the token that
-    # `ray start` has made and asks for, unless told to. A cluster without tokens ignores it.
+    # `ray start` has made and asks for, unless told to. For a cluster that was started without tokens, which
+    # `ray start` does only if RAY_AUTH_MODE=disabled tells it, the same must be set here.
     if choice.address and _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ksmdist.engines.ray import RayEngine  # half a second of imports that inline need not pay

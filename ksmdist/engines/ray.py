@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import OwnerDiedError, RayError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -30,7 +30,7 @@ _TASKS_A_SLOT = 4  # in flight: enough that no worker waits for the driver, few 
 _RETRIES = 10  # of a task whose worker or node died
 _NODE_PATIENCE_S = 30.0  # for a node that has images to come back
 _LOOK_S = 2.0  # between looks at a cluster that may have grown
-_OBJECT_STORE_BYTES = 256 << 20  # of a Ray started here: what tasks find goes through files
+_OBJECT_STORE_BYTES = 128 << 20  # of a Ray started here: what tasks find goes through files
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
@@ -121,19 +121,26 @@ class RayEngine:
             cause = error.cause
             if isinstance(cause, KsmdistError):
                 raise cause from None
+            if isinstance(cause, RayError):
+                raise _lost(cause, stage.name) from None
             raise
         except RayError as error:
-            raise EngineError(
-                f"Ray lost the work: {(str(error) or type(error).__name__).splitlines()[0]}",
-                f"stage {stage.name}",
-                "see that the cluster is well, or use --engine inline",
-            ) from None
+            raise _lost(error, stage.name) from None
         finally:
             flight.cancel()
 
     def close(self) -> None:
         """Leave the cluster, or stop the one started here."""
         ray.shutdown()
+
+
+def _lost(error: RayError, stage: str) -> EngineError:
+    hint = "see that the cluster is well, or use --engine inline"
+    if isinstance(error, OwnerDiedError):  # what a worker says whose calls the driver refuses, too
+        mode = os.environ.get("RAY_AUTH_MODE", "unset")
+        hint = f"see that RAY_AUTH_MODE, {mode} here, is the cluster's, and that its nodes reach the driver"
+    said = (str(error) or type(error).__name__).splitlines()[0]
+    return EngineError(f"Ray lost the work: {type(error).__name__}: {said}", f"stage {stage}", hint)
 
 
 class _Flight:

@@ -1,4 +1,4 @@
-"""The `memory_image` v1 Arrow format: read by memory map with no copy, written from any image.
+"""The `memory_image` v1 Arrow format: read by memory map with no copy, or from an object store by parts.
 
 Raises ImageError: not Arrow, another table or version, columns that differ, a content that is not
 one page long, an address that is not page-aligned, comes twice or out of order.
@@ -6,34 +6,102 @@ one page long, an address that is not page-aligned, comes twice or out of order.
 
 from __future__ import annotations
 
-import json
+import functools
 import mmap
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from weakref import finalize
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from threading import Event, Lock
 
 import numpy as np
 import pyarrow as pa
 
 from ksmdist.columns import codes, present, values
-from ksmdist.errors import ImageError, ImageReadError, SettingsError
+from ksmdist.errors import ImageError, ImageReadError
+from ksmdist.images import ipc
 from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo
-from ksmdist.images.extents import FileStat, open_file, populate, read_rows
-from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS, PASSED_OVER
+from ksmdist.images.extents import populate, read_rows
+from ksmdist.images.files import LocalFile
+from ksmdist.images.headers import HINT, image_info
+from ksmdist.images.stores import StoredFile
+from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
 
-__all__ = ["ARROW", "write_image"]
+__all__ = ["ARROW"]
 
-_HINT = "`ksmdist schema memory_image` describes the format; write the image again"
+_FEW_BYTES = 64 << 10  # the schema and the footer of most files are within the first and the last of this
+_SMALL_READS = 32  # in flight, of about 1 KiB each: a batch's metadata is far from the next one's
 
 
-class ArrowImage:
+class _Rows:
+    """Rows of a memory_image file: checked, and those that its producer could not read as holes."""
+
+    info: ImageInfo
+    _path: str
+    holes: tuple[Hole, ...] = ()
+
+    def _captured(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch | Hole]:
+        """The batch without the rows that its producer could not read, and those as holes."""
+        lost = (values(batch.column("flags")) & np.uint32(PAGE_FLAGS["unreadable"])) != 0
+        if not lost.any():
+            yield batch
+            return
+        if not lost.all():
+            yield batch.filter(pa.array(~lost))
+        for address in batch.column("address").to_numpy()[lost].tolist():
+            yield Hole(address, 1, "unreadable")
+
+    def _check(self, batch: pa.RecordBatch, row: int, before: int) -> int:
+        """Check addresses and content lengths; returns the last address. Raises ImageError."""
+        size = self.info.page_size
+        for name in ("address", "flags", "numa_node"):
+            if batch.column(name).null_count:
+                raise ImageError(f"has nulls in column {name}, near row {row}", self._path, HINT)
+        if len(batch) and int(values(batch.column("numa_node")).min()) < 0:
+            raise ImageError(f"has a numa_node below 0, near row {row}", self._path, HINT)
+        region = codes(batch.column("region"))
+        if len(region) and not -1 <= int(region.min()) <= int(region.max()) < len(self.info.regions):
+            raise ImageError(f"column region near row {row} names no region", self._path, HINT)
+        address = batch.column("address").to_numpy()
+        wrong = np.flatnonzero(address % np.uint64(size))
+        if len(wrong):
+            at = int(wrong[0])
+            raise ImageError(
+                f"row {row + at}: address {int(address[at]):#x} is not aligned to {size}", self._path, HINT
+            )
+        falls = np.flatnonzero(address[1:] <= address[:-1]) + 1
+        if before >= int(address[0]):
+            falls = np.concatenate(([0], falls))
+        if len(falls):
+            at = int(falls[0])
+            previous = before if at == 0 else int(address[at - 1])
+            how = "comes twice" if previous == int(address[at]) else f"is out of order after {previous:#x}"
+            raise ImageError(f"row {row + at}: address {int(address[at]):#x} {how}", self._path, HINT)
+        content = batch.column("content")
+        offsets = _offsets(content)
+        length = np.diff(offsets)
+        valid = present(content)
+        wrong = np.flatnonzero(length != np.where(valid, size, 0))
+        if len(wrong):
+            at = int(wrong[0])
+            raise ImageError(
+                f"row {row + at} (address {int(address[at]):#x}): content of {int(length[at])} bytes, "
+                f"not {size if valid[at] else 0}",
+                self._path,
+                HINT,
+            )
+        data = content.buffers()[2]
+        if int(offsets[0]) < 0 or int(offsets[-1]) > (0 if data is None else data.size):
+            raise ImageError(f"content near row {row} reaches past its buffer", self._path, HINT)
+        return int(address[-1])
+
+
+class ArrowImage(_Rows):
     """An Arrow IPC file of `memory_image` rows, memory-mapped."""
 
-    def __init__(self, fd: int, stat: FileStat, path: str, page_size: int) -> None:
-        self._fd = fd
-        self._path = path
-        self.holes: tuple[Hole, ...] = ()
+    def __init__(self, file: LocalFile, page_size: int) -> None:
+        self._opened = file
+        self._fd = fd = file.fd
+        self._path = path = file.path
         self._mapping = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
         self._file = pa.py_buffer(self._mapping)
         try:
@@ -41,18 +109,17 @@ class ArrowImage:
             schema = self._reader.schema
             rows = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
         except (pa.ArrowException, OSError) as error:
-            raise ImageError(f"truncated or damaged Arrow file: {str(error).splitlines()[0]}", path, _HINT) from None
+            raise ImageError(f"truncated or damaged Arrow file: {str(error).splitlines()[0]}", path, HINT) from None
         self._starts = np.concatenate(([0], np.cumsum(rows, dtype=np.int64)))
-        self.info = _info(schema, path, page_size, int(self._starts[-1]), stat)
+        self.info = image_info(schema, file, page_size, int(self._starts[-1]))
         if rows:  # a file's last dictionary holds the names of all its batches
             names = self._batch(0).column("region").dictionary.to_pylist()
             self.info = replace(self.info, regions=tuple(name or "" for name in names))
-        self._close = finalize(self, os.close, fd)  # a worker's cache of images lets them go without close()
 
     def close(self) -> None:
         """Let the file go."""
         del self._reader, self._file
-        self._close()
+        self._opened.close()
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Rows [start, end): slices of the file's own batches, validated."""
@@ -69,17 +136,6 @@ class ArrowImage:
             self._forget(batch)
             start += count
 
-    def _captured(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch | Hole]:
-        """The batch without the rows that its producer could not read, and those as holes."""
-        lost = (values(batch.column("flags")) & np.uint32(PAGE_FLAGS["unreadable"])) != 0
-        if not lost.any():
-            yield batch
-            return
-        if not lost.all():
-            yield batch.filter(pa.array(~lost))
-        for address in batch.column("address").to_numpy()[lost].tolist():
-            yield Hole(address, 1, "unreadable")
-
     def _batch(self, index: int) -> pa.RecordBatch:
         if os.fstat(self._fd).st_size < self.info.nbytes:  # touching what is gone would be SIGBUS
             raise ImageReadError("became shorter while it was scanned", self._path, "scan a copy of it")
@@ -88,7 +144,7 @@ class ArrowImage:
             batch.validate()
         except (pa.ArrowException, OSError) as error:
             raise ImageError(
-                f"record batch {index} is damaged: {str(error).splitlines()[0]}", self._path, _HINT
+                f"record batch {index} is damaged: {str(error).splitlines()[0]}", self._path, HINT
             ) from None
         return batch
 
@@ -97,50 +153,6 @@ class ArrowImage:
             return -1
         index = int(np.searchsorted(self._starts, start - 1, side="right")) - 1
         return int(self._batch(index).column("address")[start - 1 - int(self._starts[index])].as_py())
-
-    def _check(self, batch: pa.RecordBatch, row: int, before: int) -> int:
-        """Check addresses and content lengths; returns the last address. Raises ImageError."""
-        size = self.info.page_size
-        for name in ("address", "flags", "numa_node"):
-            if batch.column(name).null_count:
-                raise ImageError(f"has nulls in column {name}, near row {row}", self._path, _HINT)
-        if len(batch) and int(values(batch.column("numa_node")).min()) < 0:
-            raise ImageError(f"has a numa_node below 0, near row {row}", self._path, _HINT)
-        region = codes(batch.column("region"))
-        if len(region) and not -1 <= int(region.min()) <= int(region.max()) < len(self.info.regions):
-            raise ImageError(f"column region near row {row} names no region", self._path, _HINT)
-        address = batch.column("address").to_numpy()
-        wrong = np.flatnonzero(address % np.uint64(size))
-        if len(wrong):
-            at = int(wrong[0])
-            raise ImageError(
-                f"row {row + at}: address {int(address[at]):#x} is not aligned to {size}", self._path, _HINT
-            )
-        falls = np.flatnonzero(address[1:] <= address[:-1]) + 1
-        if before >= int(address[0]):
-            falls = np.concatenate(([0], falls))
-        if len(falls):
-            at = int(falls[0])
-            previous = before if at == 0 else int(address[at - 1])
-            how = "comes twice" if previous == int(address[at]) else f"is out of order after {previous:#x}"
-            raise ImageError(f"row {row + at}: address {int(address[at]):#x} {how}", self._path, _HINT)
-        content = batch.column("content")
-        offsets = _offsets(content)
-        length = np.diff(offsets)
-        valid = present(content)
-        wrong = np.flatnonzero(length != np.where(valid, size, 0))
-        if len(wrong):
-            at = int(wrong[0])
-            raise ImageError(
-                f"row {row + at} (address {int(address[at]):#x}): content of {int(length[at])} bytes, "
-                f"not {size if valid[at] else 0}",
-                self._path,
-                _HINT,
-            )
-        data = content.buffers()[2]
-        if int(offsets[0]) < 0 or int(offsets[-1]) > (0 if data is None else data.size):
-            raise ImageError(f"content near row {row} reaches past its buffer", self._path, _HINT)
-        return int(address[-1])
 
     def _span(self, batch: pa.RecordBatch) -> tuple[int, int] | None:
         """(file offset, nbytes) of the batch's contents; None where they are not a part of the file."""
@@ -184,6 +196,159 @@ class ArrowImage:
             self._mapping.madvise(mmap.MADV_DONTNEED, aligned, span[0] + span[1] - aligned)
 
 
+@dataclass(slots=True)
+class _Part:
+    """Rows [start, end) of record batch `index`, read in blocks. head: all but page bytes, once they are read."""
+
+    index: int
+    start: int
+    end: int
+    lock: Lock = field(default_factory=Lock)
+    head: tuple[ipc.Part, ipc.RowBatch, ipc.Read | None] | None = None
+
+
+class StoredArrowImage(_Rows):
+    """An Arrow IPC file of `memory_image` rows in an object store: of a batch only the rows asked for are read."""
+
+    def __init__(self, file: StoredFile, page_size: int) -> None:
+        self._file = file
+        self._path = file.path
+        try:
+            self._schema = schema = self._read_schema()
+            dictionaries, blocks = self._blocks()
+            self.info = image_info(schema, file, page_size, 0)  # before columns are taken for what they should be
+            self._batches = self._row_batches(blocks, sum(map(_buffers, MEMORY_IMAGE.schema.types)))
+            self._regions = self._dictionary(dictionaries)
+        except (ValueError, pa.ArrowException) as error:
+            raise ImageError(
+                f"truncated or damaged Arrow file: {str(error).splitlines()[0]}", self._path, HINT
+            ) from None
+        self._starts = np.concatenate(([0], np.cumsum([batch.rows for batch in self._batches], dtype=np.int64)))
+        names = tuple(name or "" for name in self._regions.to_pylist()) if self._batches else ()
+        self.info = replace(self.info, pages=int(self._starts[-1]), regions=names)
+
+    def close(self) -> None:
+        """Let the object go."""
+        self._file.close()
+
+    def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
+        """Rows [start, end), validated, a block to a batch; raises ImageError if the object changed meanwhile."""
+        if start >= end:
+            return
+        before = self._last_address(start)
+        parts = list(self._parts(start, end))
+        # Unpacked, a batch is no block: one at a time.
+        packed = any(self._batches[part.index].codec for part in parts)
+        tasks = (functools.partial(self._read, part, *piece) for part in parts for piece in self._pieces(part))
+        for batch in self._file.in_order(tasks, 1 if packed else None):
+            before = self._check(batch, start, before)
+            start += len(batch)
+            yield from self._captured(batch)
+        self._file.checked()
+
+    def _parts(self, start: int, end: int) -> Iterator[_Part]:
+        while start < end:
+            index = int(np.searchsorted(self._starts, start, side="right")) - 1
+            base, stop = int(self._starts[index]), min(end, int(self._starts[index + 1]))
+            yield _Part(index, start - base, stop - base)
+            start = stop
+
+    def _pieces(self, part: _Part) -> Iterator[tuple[int, int]]:
+        """First row and last, exclusive, of the blocks of a part."""
+        most = self._file.block_bytes if not self._batches[part.index].codec else BATCH_BYTES
+        step = max(1, most // self.info.page_size)
+        for at in range(0, part.end - part.start, step):
+            yield at, min(at + step, part.end - part.start)
+
+    def _read(self, part: _Part, start: int, end: int, stop: Event) -> pa.RecordBatch:
+        """Rows [start, end) of a part of a record batch."""
+        read: ipc.Read = functools.partial(self._file.read_spans, stop=stop)
+        batch = self._batches[part.index]
+        try:
+            with part.lock:  # who comes first reads the small columns for all
+                if part.head is None:
+                    if batch.codec:
+                        batch, read = ipc.unpacked(batch, read)
+                    head = ipc.part_of(batch, self._schema, self._regions, part.start, part.end, read)
+                    part.head = head, batch, read if batch is not self._batches[part.index] else None
+                head, batch, within = part.head
+            most = (end - start) * self.info.page_size
+            return ipc.with_bytes(batch, self._schema, head, start, end, most, within or read)
+        except (ValueError, pa.ArrowException) as error:
+            raise ImageError(
+                f"record batch {part.index} is damaged: {str(error).splitlines()[0]}", self._path, HINT
+            ) from None
+
+    def _last_address(self, start: int) -> int:
+        if start == 0:
+            return -1
+        index = int(np.searchsorted(self._starts, start - 1, side="right")) - 1
+        row = start - 1 - int(self._starts[index])
+        batch = self._batches[index]
+        if batch.codec:
+            found = self._read(_Part(index, row, row + 1), 0, 1, Event())
+            return int(found.column("address")[0].as_py())
+        at = int(batch.offset[1]) + 8 * row  # after its validity, the first buffer
+        return int.from_bytes(self._file.read_exactly(at, 8), "little")
+
+    def _read_schema(self) -> pa.Schema:
+        head = self._file.read(0, _FEW_BYTES)
+        schema_at = 8
+        mark, length = head[8:12], int.from_bytes(head[12:16], "little", signed=True)
+        if mark == b"\xff\xff\xff\xff":
+            schema_at = 16
+        else:
+            length = int.from_bytes(mark, "little", signed=True)
+        if not 0 < length <= self._file.nbytes - schema_at:
+            raise ValueError(f"a schema of {length} bytes")
+        if schema_at + length > len(head):
+            head += self._file.read(len(head), schema_at + length - len(head))
+        if ipc.is_big_endian(head[schema_at : schema_at + length]):
+            raise ValueError("its numbers are big-endian")
+        return pa.ipc.read_schema(pa.py_buffer(head[8 : schema_at + length]))
+
+    def _blocks(self) -> tuple[ipc.Blocks, ipc.Blocks]:
+        tail = self._file.read(max(0, self._file.nbytes - _FEW_BYTES), _FEW_BYTES)
+        at, length = ipc.footer_span(tail, self._file.nbytes)
+        inside = at - (self._file.nbytes - len(tail))
+        footer = tail[inside : inside + length] if inside >= 0 else self._file.read(at, length)
+        return ipc.blocks_of(footer, self._file.nbytes)
+
+    def _row_batches(self, blocks: ipc.Blocks, buffers: int) -> list[ipc.RowBatch]:
+        """Their metadata; of small ones that lie together many come in one request."""
+        count = len(blocks.offset)
+        group = 256 if self._file.nbytes < count * _FEW_BYTES else 1
+
+        def read(first: int, stop: Event) -> list[ipc.RowBatch]:
+            some = slice(first, first + group)
+            spans = list(zip(blocks.offset[some].tolist(), blocks.metadata[some].tolist(), strict=True))
+            bodies = (blocks.offset + blocks.metadata)[some].tolist()
+            found = self._file.read_spans(spans, stop)
+            return [
+                ipc.rows_of(data.to_pybytes(), at, body, buffers)
+                for data, at, body in zip(found, bodies, blocks.body[some].tolist(), strict=True)
+            ]
+
+        tasks: Iterator[Callable[[Event], list[ipc.RowBatch]]]
+        tasks = (functools.partial(read, first) for first in range(0, count, group))
+        return [batch for some in self._file.in_order(tasks, _SMALL_READS) for batch in some]
+
+    def _dictionary(self, blocks: ipc.Blocks) -> pa.Array:
+        """The names of all regions: a file has one dictionary, and what is added to it."""
+        found = [pa.array([], pa.string())]
+        for batch in self._row_batches(blocks, 3):
+            read: ipc.Read = self._file.read_spans
+            if batch.codec:
+                batch, read = ipc.unpacked(batch, read)
+            found.append(ipc.dictionary_of(batch, read))
+        return pa.concat_arrays(found)
+
+
+def _buffers(kind: pa.DataType) -> int:
+    """Buffers of a column in a file: its validity, its values, and offsets if they are binary."""
+    return 3 if pa.types.is_binary(kind) else 2
+
+
 def _offsets(content: pa.Array) -> np.ndarray:
     """The int32 offsets of a binary array, one more than it has values."""
     if len(content) == 0:
@@ -191,154 +356,11 @@ def _offsets(content: pa.Array) -> np.ndarray:
     return np.frombuffer(content.buffers()[1], np.int32)[content.offset : content.offset + len(content) + 1]
 
 
-def _info(schema: pa.Schema, path: str, page_size: int, rows: int, stat: FileStat) -> ImageInfo:
-    raw = {} if schema.metadata is None else schema.metadata
-    found = {key.decode("utf-8", "replace"): value.decode("utf-8", "replace") for key, value in raw.items()}
-    if found.get("ksmdist.table") != MEMORY_IMAGE.name:
-        raise ImageError("is an Arrow file but no memory_image (metadata ksmdist.table)", path, _HINT)
-    known = {key.name: found.get(key.name, key.default) for key in MEMORY_IMAGE.keys}
-    if known["ksmdist.version"] != str(MEMORY_IMAGE.version):
-        raise ImageError(
-            f"is memory_image version {known['ksmdist.version']}, this ksmdist reads {MEMORY_IMAGE.version}",
-            path,
-            "use the ksmdist that wrote it, or write it again",
-        )
-    wanted = {field.name: field.type for field in MEMORY_IMAGE.schema}
-    given = {field.name: field.type for field in schema}
-    if list(given.items()) != list(wanted.items()):
-        name = next((n for n in wanted if given.get(n) != wanted[n]), ", ".join(given))
-        raise ImageError(
-            f"column {name} is {given.get(name, 'missing')}, memory_image has {wanted.get(name, 'other columns')}",
-            path,
-            _HINT,
-        )
-    numbers = {}
-    for key in ("page_size", "pages_absent", "scan_order"):
-        text = known[f"ksmdist.{key}"] or ""
-        if not (text.isascii() and text.isdecimal() and len(text) < 19):
-            raise ImageError(f"metadata ksmdist.{key} is {text!r}, not a number", path, _HINT)
-        numbers[key] = int(text)
-    if numbers["page_size"] != page_size:
-        raise SettingsError(
-            f"has pages of {numbers['page_size']} bytes, this run has {page_size}",
-            path,
-            f"run it with --page-size {numbers['page_size']}",
-        )
-    kind = known["ksmdist.kind"] or ""
-    if kind not in ("guest", "process", "container", "kernel"):
-        raise ImageError(f"metadata ksmdist.kind is {kind!r}", path, _HINT)
-    caveats: tuple[str, ...] = ()
-    try:
-        source = json.loads(known["ksmdist.source"] or "{}")
-        if source.get("filter_level"):
-            caveats = (f"filtered by its producer: {source['filter_level']}",)
-        caveats += tuple(str(caveat) for caveat in source.get("caveats", ()))
-    except (ValueError, AttributeError, TypeError):
-        raise ImageError("metadata ksmdist.source is no JSON object", path, _HINT) from None
-    return ImageInfo(
-        path=path,
-        format="arrow",
-        kind=kind,
-        page_size=page_size,
-        pages=rows,
-        pages_absent=numbers["pages_absent"],
-        nbytes=stat.nbytes,
-        fingerprint=stat.fingerprint,
-        image_id=known["ksmdist.image_id"] or "",
-        host=known["ksmdist.host"] or "",
-        tenant=known["ksmdist.tenant"] or "",
-        caveats=caveats,
-        scan_order=numbers["scan_order"],
-        passed_over=_passed_over(known["ksmdist.passed_over"] or "[]", path),
-        ksm_stat=_ksm_stat(known["ksmdist.ksm_stat"] or "{}", path),
-    )
-
-
-def _passed_over(text: str, path: str) -> tuple[tuple[str, str, int], ...]:
-    try:
-        rows = tuple((str(row["region"]), str(row["reason"]), int(row["pages"])) for row in json.loads(text))
-        if all(reason in PASSED_OVER and 0 <= pages < 1 << 52 for _, reason, pages in rows):
-            return rows
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise ImageError("metadata ksmdist.passed_over is not what it should be", path, _HINT)
-
-
-def _ksm_stat(text: str, path: str) -> tuple[tuple[str, str], ...]:
-    try:
-        return tuple((str(name), str(value)) for name, value in json.loads(text).items())
-    except (ValueError, AttributeError):
-        raise ImageError("metadata ksmdist.ksm_stat is no JSON object", path, _HINT) from None
-
-
-def _open(path: str, page_size: int) -> ArrowImage:
-    fd, stat = open_file(path)
-    try:
-        return ArrowImage(fd, stat, path, page_size)
-    except BaseException:
-        os.close(fd)
-        raise
+def _open(file: LocalFile | StoredFile, page_size: int) -> Image:
+    if isinstance(file, LocalFile):
+        return ArrowImage(file, page_size)
+    return StoredArrowImage(file, page_size)
 
 
 ARROW = Format("arrow", lambda head: head.startswith(b"ARROW1"), _open)
 """Arrow IPC files of the table memory_image."""
-
-
-def write_image(
-    sources: Sequence[Image], path: str, image_id: str, captured_at: str = "", producer: str = ""
-) -> list[tuple[str, Hole]]:
-    """Write images, as one, to an Arrow file at `path`; returns (source path, hole) for what was unreadable.
-
-    The sources' addresses must not interleave: they are laid one after the other by first address.
-    Unreadable pages get no row. Raises ImageError where two sources hold the same address, or where
-    several name regions.
-    """
-    ordered = sorted(sources, key=_first_address) if len(sources) > 1 else list(sources)
-    first = ordered[0].info
-    if len(ordered) > 1 and any(source.info.regions for source in ordered):
-        raise ImageError("names regions, so it cannot be joined with other sources", first.path, "import it by itself")
-    absent = sum(source.info.pages_absent for source in sources)
-    origin = {"format": first.format, "producer": producer, "filter_level": "", "caveats": list(first.caveats)}
-    passed_over = [
-        dict(zip(("region", "reason", "pages"), row, strict=True)) for s in ordered for row in s.info.passed_over
-    ]
-    metadata = {
-        "ksmdist.table": MEMORY_IMAGE.name,
-        "ksmdist.version": str(MEMORY_IMAGE.version),
-        "ksmdist.page_size": str(first.page_size),
-        "ksmdist.image_id": image_id,
-        "ksmdist.kind": first.kind,
-        "ksmdist.host": first.host,
-        "ksmdist.tenant": first.tenant,
-        "ksmdist.source": json.dumps(origin, sort_keys=True),
-        "ksmdist.pages_absent": str(absent),
-        "ksmdist.captured_at": captured_at,
-        "ksmdist.scan_order": str(first.scan_order),
-        "ksmdist.passed_over": json.dumps(passed_over),
-        "ksmdist.ksm_stat": json.dumps(dict(first.ksm_stat)),
-    }
-    holes: list[tuple[str, Hole]] = [(source.info.path, hole) for source in ordered for hole in source.holes]
-    schema = MEMORY_IMAGE.schema.with_metadata(metadata)
-    before = -1
-    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for source in ordered:
-            for item in source.batches(0, source.info.pages):
-                if isinstance(item, Hole):
-                    holes.append((source.info.path, item))
-                    continue
-                address = int(item.column("address")[0].as_py())
-                if address <= before:
-                    raise ImageError(
-                        f"holds address {address:#x}, which another source holds or goes past",
-                        source.info.path,
-                        "import the sources one by one, each to an image of its own",
-                    )
-                before = int(item.column("address")[-1].as_py())
-                writer.write_batch(item.replace_schema_metadata(metadata))
-    return holes
-
-
-def _first_address(image: Image) -> int:
-    for item in image.batches(0, min(1, image.info.pages)):
-        return item.address if isinstance(item, Hole) else int(item.column("address")[0].as_py())
-    return 0

@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from ksmdist.columns import arrow
+from ksmdist.images.files import LocalFile
+from ksmdist.images.stores import StoredFile
 from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
 
 __all__ = ["BATCH_BYTES", "Format", "Hole", "Image", "ImageInfo", "page_batch"]
@@ -89,11 +91,11 @@ class Image(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A format: its name, how its first bytes are known, and how a file of it is opened."""
+    """A format: its name, how its first bytes are known, and how an open file, which it takes over, is read as it."""
 
     name: str
     matches: Callable[[bytes], bool]
-    open: Callable[[str, int], Image]
+    open: Callable[[LocalFile | StoredFile, int], Image]
 
 
 def page_batch(pages: np.ndarray, content: pa.Array, page_size: int) -> pa.RecordBatch:

@@ -12,19 +12,21 @@ Raises ImageError: not ELF64, not a core, headers past the end of the file, addr
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass
 
 import numpy as np
 
 from ksmdist.errors import ImageError
-from ksmdist.images.base import Format, Hole, ImageInfo
-from ksmdist.images.extents import ExtentImage, Extents, FileStat, data_extents, open_file
+from ksmdist.images.base import Format, Hole, Image, ImageInfo
+from ksmdist.images.extents import Extents, extent_image
+from ksmdist.images.files import LocalFile
+from ksmdist.images.stores import StoredFile
 
 __all__ = ["ELF"]
 
 _ET_CORE, _PT_LOAD, _PT_NOTE, _PN_XNUM = 4, 1, 4, 0xFFFF
+_File = LocalFile | StoredFile
 _NOTE_BYTES = 4 << 20  # names of the notes are looked for in the first 4 MiB of them
 
 
@@ -32,16 +34,17 @@ def _broken(path: str, what: str) -> ImageError:
     return ImageError(what, path, "take the dump again, or check that it was copied whole")
 
 
-def _read_exactly(fd: int, path: str, offset: int, nbytes: int, what: str) -> bytes:
-    data = os.pread(fd, nbytes, offset) if offset < 1 << 63 else b""
+def _read_exactly(file: _File, offset: int, nbytes: int, what: str) -> bytes:
+    data = file.read(offset, nbytes) if offset < 1 << 63 else b""
     if len(data) < nbytes:
-        raise _broken(path, f"truncated: {what} at byte {offset} is past the end of the file")
+        raise _broken(file.path, f"truncated: {what} at byte {offset} is past the end of the file")
     return data
 
 
-def _program_headers(fd: int, path: str) -> np.ndarray:
+def _program_headers(file: _File) -> np.ndarray:
     """The program headers, as a structured array in file order."""
-    head = _read_exactly(fd, path, 0, 64, "the ELF header")
+    path = file.path
+    head = _read_exactly(file, 0, 64, "the ELF header")
     if head[4] != 2:
         raise ImageError("is a 32-bit ELF file, ksmdist reads ELF64", path, "take a 64-bit dump")
     if head[5] not in (1, 2):
@@ -55,13 +58,13 @@ def _program_headers(fd: int, path: str) -> np.ndarray:
     phoff, shoff = struct.unpack_from(order + "QQ", head, 32)
     phentsize, phnum = struct.unpack_from(order + "HH", head, 54)
     if phnum == _PN_XNUM:
-        section = _read_exactly(fd, path, shoff, 64, "section header 0 (PN_XNUM)")
+        section = _read_exactly(file, shoff, 64, "section header 0 (PN_XNUM)")
         (phnum,) = struct.unpack_from(order + "I", section, 44)
     if phnum and phentsize < 56:
         raise _broken(path, f"has program headers of {phentsize} bytes, less than 56")
-    if phnum * phentsize > os.fstat(fd).st_size:
+    if phnum * phentsize > file.nbytes:
         raise _broken(path, f"truncated: it claims {phnum} program headers")
-    table = _read_exactly(fd, path, phoff, phnum * phentsize, "the program header table")
+    table = _read_exactly(file, phoff, phnum * phentsize, "the program header table")
     words = ("offset", "vaddr", "paddr", "filesz", "memsz", "align")
     header = np.dtype(
         {
@@ -74,14 +77,14 @@ def _program_headers(fd: int, path: str) -> np.ndarray:
     return np.frombuffer(table, header)
 
 
-def _note_names(fd: int, notes: np.ndarray) -> set[bytes]:
+def _note_names(file: _File, notes: np.ndarray) -> set[bytes]:
     """Names of the notes in the PT_NOTE segments, as far as they can be read."""
     names: set[bytes] = set()
     order = notes.dtype["type"].byteorder
     for note in notes:
         if int(note["offset"]) >= 1 << 63:
             continue
-        data = os.pread(fd, min(int(note["filesz"]), _NOTE_BYTES), int(note["offset"]))
+        data = file.read(int(note["offset"]), min(int(note["filesz"]), _NOTE_BYTES))
         at = 0
         while at + 12 <= len(data):
             namesz, descsz = struct.unpack_from(("<" if order in "<=|" else ">") + "II", data, at)
@@ -182,12 +185,13 @@ def _without_file_holes(extents: Extents, data: np.ndarray, page_size: int) -> E
     return Extents(table[:, 0], table[:, 1], table[:, 2], pieces)
 
 
-def _read(fd: int, path: str, page_size: int, stat: FileStat) -> ExtentImage:
-    headers = _program_headers(fd, path)
+def _read(file: _File, page_size: int) -> Image:
+    path = file.path
+    headers = _program_headers(file)
     loads = headers[headers["type"] == _PT_LOAD]
     if len(loads) == 0:
         raise _broken(path, "is an ELF core with no memory in it (no PT_LOAD segment)")
-    names = _note_names(fd, headers[headers["type"] == _PT_NOTE])
+    names = _note_names(file, headers[headers["type"] == _PT_NOTE])
     paddr = loads["paddr"].astype(np.uint64)
     guest = bool(names & {b"QEMU", b"VMCOREINFO"}) or (not names & {b"CORE", b"LINUX"} and bool(paddr.any()))
     address = paddr if guest else loads["vaddr"].astype(np.uint64)
@@ -197,7 +201,7 @@ def _read(fd: int, path: str, page_size: int, stat: FileStat) -> ExtentImage:
     most = np.uint64(2**64 - 1)
     if bool((extent > most - address).any()) or bool((filesz > most - offset).any()):
         raise _broken(path, "has a segment that reaches past the end of the address space")
-    eof = np.uint64(stat.nbytes)
+    eof = np.uint64(file.nbytes)
     in_file = np.minimum(filesz, np.where(offset < eof, eof - np.minimum(offset, eof), np.uint64(0)))
     claimed = _Ranges(address, address + extent, offset).disjoint()
     dumped = _Ranges(address, address + filesz, offset).disjoint()
@@ -207,7 +211,7 @@ def _read(fd: int, path: str, page_size: int, stat: FileStat) -> ExtentImage:
     absent = claimed.nbytes() - dumped.nbytes()
     if not guest:
         before = int(extents.count.sum())
-        extents = _without_file_holes(extents, data_extents(fd, stat.nbytes), page_size)
+        extents = _without_file_holes(extents, file.data_extents(), page_size)
         absent += (before - int(extents.count.sum())) * page_size
     cut_off = np.zeros(0, np.int64)
     holes: list[Hole] = []
@@ -226,21 +230,12 @@ def _read(fd: int, path: str, page_size: int, stat: FileStat) -> ExtentImage:
         page_size=page_size,
         pages=int(extents.count.sum()),
         pages_absent=absent // page_size,
-        nbytes=stat.nbytes,
-        fingerprint=stat.fingerprint,
+        nbytes=file.nbytes,
+        fingerprint=file.fingerprint,
         caveats=tuple(caveats),
     )
-    return ExtentImage(fd, info, extents, tuple(sorted(holes, key=lambda hole: hole.address)))
+    return extent_image(file, info, extents, tuple(sorted(holes, key=lambda hole: hole.address)))
 
 
-def _open(path: str, page_size: int) -> ExtentImage:
-    fd, stat = open_file(path)
-    try:
-        return _read(fd, path, page_size, stat)
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-ELF = Format("elf", lambda head: head.startswith(b"\x7fELF"), _open)
+ELF = Format("elf", lambda head: head.startswith(b"\x7fELF"), _read)
 """ELF64 cores, of either byte order."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import errno
+import functools
 import mmap
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from weakref import finalize
+from threading import Event
 
 import numpy as np
 import pyarrow as pa
 
-from ksmdist.errors import ImageReadError
-from ksmdist.images.base import BATCH_BYTES, Hole, ImageInfo, page_batch
+from ksmdist.images.base import BATCH_BYTES, Hole, Image, ImageInfo, page_batch
+from ksmdist.images.files import LocalFile
+from ksmdist.images.stores import StoredFile
 
-__all__ = ["ExtentImage", "Extents", "FileStat", "data_extents", "open_file", "populate", "read_rows"]
+__all__ = ["ExtentImage", "Extents", "StoredExtentImage", "extent_image", "populate", "read_rows"]
 
 _MADV_POPULATE_READ = 22  # include/uapi/asm-generic/mman-common.h, Linux 5.14; not named by Python 3.11
 _GATHER_PAGES = 256  # runs shorter than 1 MiB are copied together: a mapping for each costs more
@@ -36,46 +37,6 @@ class Extents:
 
     def __len__(self) -> int:
         return len(self.page)
-
-
-@dataclass(frozen=True, slots=True)
-class FileStat:
-    """Size and fingerprint of an open file."""
-
-    nbytes: int
-    fingerprint: str
-
-
-def open_file(path: str) -> tuple[int, FileStat]:
-    """A read-only descriptor of a regular file, and its size; raises ImageReadError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ImageReadError(
-            f"cannot be opened: {os.strerror(error.errno or 0)}", path, "check the path and the permissions"
-        ) from None
-    stat = os.fstat(fd)
-    if not os.path.isfile(path):
-        os.close(fd)
-        raise ImageReadError("is not a regular file", path, "name the image files themselves")
-    return fd, FileStat(stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}")
-
-
-def data_extents(fd: int, nbytes: int) -> np.ndarray:
-    """Byte ranges of the file that are not holes: int64[n, 2], ascending; lseek(2), SEEK_DATA."""
-    found: list[tuple[int, int]] = []
-    position = 0
-    while position < nbytes:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # no data up to the end of the file
-                break
-            found.append((position, nbytes))  # a file system that does not know: all is data
-            break
-        position = os.lseek(fd, start, os.SEEK_HOLE)
-        found.append((start, min(position, nbytes)))
-    return np.array(found, np.int64).reshape(-1, 2)
 
 
 def populate(mapping: mmap.mmap, start: int, nbytes: int) -> bool:
@@ -121,20 +82,31 @@ def content_array(data: pa.Buffer, count: int, page_size: int) -> pa.Array:
     return pa.BinaryArray.from_buffers(pa.binary(), count, [None, pa.py_buffer(offsets), data])
 
 
-class ExtentImage:
-    """An image whose pages are `extents` of the file `fd`."""
+def _runs(extents: Extents, ends: np.ndarray, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(extent, first page in it, pages) that make up pages [start, end). ends: running sum of extents.count."""
+    index = int(np.searchsorted(ends, start, side="right"))
+    while start < end:
+        base = int(ends[index] - extents.count[index])
+        stop = min(end, int(ends[index]))
+        yield index, start - base, stop - start
+        start = stop
+        index += 1
 
-    def __init__(self, fd: int, info: ImageInfo, extents: Extents, holes: tuple[Hole, ...] = ()) -> None:
-        self._fd = fd
+
+class ExtentImage:
+    """An image whose pages are `extents` of a file on this host."""
+
+    def __init__(self, file: LocalFile, info: ImageInfo, extents: Extents, holes: tuple[Hole, ...] = ()) -> None:
+        self._file = file
+        self._fd = file.fd
         self._extents = extents
         self._ends = np.cumsum(extents.count)
         self.info = info
         self.holes = holes
-        self._close = finalize(self, os.close, fd)  # a worker's cache of images lets them go without close()
 
     def close(self) -> None:
         """Let the file go."""
-        self._close()
+        self._file.close()
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Pages [start, end) by address; long runs as views of the mapped file, short ones copied."""
@@ -142,7 +114,7 @@ class ExtentImage:
         most = max(1, BATCH_BYTES // size)
         short: list[tuple[int, int, int]] = []
         short_pages = 0
-        for index, first, count in self._runs(start, end):
+        for index, first, count in _runs(self._extents, self._ends, start, end):
             if count < _GATHER_PAGES:
                 short.append((index, first, count))
                 short_pages += count
@@ -156,16 +128,6 @@ class ExtentImage:
                     yield from self._mapped(index, at, min(most, first + count - at))
         if short:
             yield from self._gathered(short)
-
-    def _runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """(extent, first page in it, pages) that make up pages [start, end)."""
-        index = int(np.searchsorted(self._ends, start, side="right"))
-        while start < end:
-            base = int(self._ends[index] - self._extents.count[index])
-            stop = min(end, int(self._ends[index]))
-            yield index, start - base, stop - start
-            start = stop
-            index += 1
 
     def _mapped(self, index: int, first: int, count: int) -> Iterator[pa.RecordBatch | Hole]:
         size = self.info.page_size
@@ -220,3 +182,62 @@ class ExtentImage:
             readable = readable and _pread_into(self._fd, target[at : at + nbytes], offset)
             at += nbytes
         return row[: int(readable)], np.array([readable])
+
+
+class StoredExtentImage:
+    """An image whose pages are `extents` of an object in a store: read in blocks, several of them in flight."""
+
+    def __init__(self, file: StoredFile, info: ImageInfo, extents: Extents, holes: tuple[Hole, ...] = ()) -> None:
+        self._file = file
+        self._extents = extents
+        self._ends = np.cumsum(extents.count)
+        self.info = info
+        self.holes = holes
+
+    def close(self) -> None:
+        """Let the object go."""
+        self._file.close()
+
+    def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
+        """Pages [start, end) by address, a block to a batch; raises ImageError if the object changed meanwhile."""
+        if start < end:
+            yield from self._file.in_order(functools.partial(self._block, runs) for runs in self._blocks(start, end))
+            self._file.checked()
+
+    def _blocks(self, start: int, end: int) -> Iterator[list[tuple[int, int, int]]]:
+        """The runs of pages [start, end), cut into blocks."""
+        most = max(1, self._file.block_bytes // self.info.page_size)
+        block: list[tuple[int, int, int]] = []
+        room = most
+        for index, first, count in _runs(self._extents, self._ends, start, end):
+            while count:
+                taken = min(count, room)
+                block.append((index, first, taken))
+                first, count, room = first + taken, count - taken, room - taken
+                if not room:
+                    yield block
+                    block, room = [], most
+        if block:
+            yield block
+
+    def _block(self, runs: list[tuple[int, int, int]], stop: Event) -> pa.RecordBatch:
+        size = self.info.page_size
+        spans: list[tuple[int, int]] = []
+        pages = []
+        for index, first, count in runs:
+            pages.append(np.arange(count) + int(self._extents.page[index]) + first)
+            pieces = self._extents.pieces.get(index)
+            spans += pieces or [(int(self._extents.offset[index]) + first * size, count * size)]
+        buffers = self._file.read_spans(spans, stop)
+        data = buffers[0] if len(buffers) == 1 else pa.py_buffer(b"".join(buffers))
+        numbers = np.concatenate(pages)
+        return page_batch(numbers, content_array(data, len(numbers), size), size)
+
+
+def extent_image(
+    file: LocalFile | StoredFile, info: ImageInfo, extents: Extents, holes: tuple[Hole, ...] = ()
+) -> Image:
+    """The image whose pages are `extents` of this file."""
+    if isinstance(file, LocalFile):
+        return ExtentImage(file, info, extents, holes)
+    return StoredExtentImage(file, info, extents, holes)

@@ -1,31 +1,33 @@
-"""Raw images: guest-physical memory byte for byte, no header. Holes in the file are absent pages."""
+"""Raw images: guest-physical memory byte for byte, no header. Holes in the file are absent pages.
+
+An object store knows of no holes: there every page is present, as it is in a file that was copied whole.
+"""
 
 from __future__ import annotations
-
-import os
 
 import numpy as np
 
 from ksmdist.errors import ImageError
-from ksmdist.images.base import Format, ImageInfo
-from ksmdist.images.extents import ExtentImage, Extents, data_extents, open_file
+from ksmdist.images.base import Format, Image, ImageInfo
+from ksmdist.images.extents import Extents, extent_image
+from ksmdist.images.files import LocalFile
+from ksmdist.images.stores import StoredFile
 
 __all__ = ["RAW"]
 
 
-def _open(path: str, page_size: int) -> ExtentImage:
-    fd, stat = open_file(path)
-    if stat.nbytes == 0 or stat.nbytes % page_size:
-        os.close(fd)
-        if stat.nbytes == 0:
+def _open(file: LocalFile | StoredFile, page_size: int) -> Image:
+    path, nbytes = file.path, file.nbytes
+    if nbytes == 0 or nbytes % page_size:
+        if nbytes == 0:
             raise ImageError("is empty: not a memory image", path, "check that the dump was written")
         raise ImageError(
-            f"is not a memory image: no known magic, and its {stat.nbytes} bytes are not a whole number of "
-            f"{page_size}-byte pages (it ends {stat.nbytes % page_size} bytes into one)",
+            f"is not a memory image: no known magic, and its {nbytes} bytes are not a whole number of "
+            f"{page_size}-byte pages (it ends {nbytes % page_size} bytes into one)",
             path,
             "check that it was copied whole, or give the right --page-size",
         )
-    data = data_extents(fd, stat.nbytes)
+    data = file.data_extents()
     # A page is present if any byte of it is data; runs that meet in one page become one.
     starts = data[:, 0] // page_size
     ends = -(-data[:, 1] // page_size)
@@ -41,11 +43,11 @@ def _open(path: str, page_size: int) -> ExtentImage:
         kind="guest",
         page_size=page_size,
         pages=present,
-        pages_absent=stat.nbytes // page_size - present,
-        nbytes=stat.nbytes,
-        fingerprint=stat.fingerprint,
+        pages_absent=nbytes // page_size - present,
+        nbytes=nbytes,
+        fingerprint=file.fingerprint,
     )
-    return ExtentImage(fd, info, Extents(starts, count, starts * page_size, {}))
+    return extent_image(file, info, Extents(starts, count, starts * page_size, {}))
 
 
 RAW = Format("raw", lambda head: True, _open)

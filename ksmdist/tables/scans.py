@@ -309,11 +309,12 @@ SPECTRUM = Table(
 
 IMAGE_SPECTRUM = Table(
     name="image_spectrum",
-    version=1,
+    version=2,
     doc=(
         "Where the copies of a content lie in scan order: for contents other than zero that fork does not share, how "
         "many have `copies` copies, of which `here` are this image's, after `before` of images scanned earlier. With "
-        "spectrum and mappings, all that a prediction for each process needs. numa_node as in spectrum."
+        "spectrum and mappings, all that a prediction for each process needs. numa_node as in spectrum; "
+        "where all pages are on one node, only rows over all nodes are there."
     ),
     file="image_spectrum.parquet",
     sort=("numa_node", "image", "copies", "before", "here", "region"),

@@ -1,0 +1,181 @@
+"""From 4 GiB to 1 TiB of pages through combine, split, merge and count on one machine: time, memory, disk.
+
+Only reading and hashing are replaced: a task makes the digests that a guest's pages might have (35 % zero, a
+quarter out of a library that all guests draw on, the popular ones most, 5 % repeated inside, the rest unique),
+and all that follows is the real flow, on Ray with a worker for each CPU. Peaks are the kernel's (VmHWM) of the
+driver and of every worker, watched from outside.
+
+    python benchmarks/scale.py SCRATCH [MILLIONS ...]     1 million = 2**20 pages = 4 GiB
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ksmdist import classes, pipeline, stages
+from ksmdist.columns import arrow
+from ksmdist.digests import fill_digest
+from ksmdist.images import ImageInfo
+from ksmdist.scanned import Mapped, Opened, Scanned
+from ksmdist.settings import Settings
+from ksmdist.tables import CLASSES, KINDS, SHARD_CONTENT
+
+MILLIONS = (1, 4, 16, 64, 256)
+IMAGE_PAGES = 1 << 20
+ZERO, SHARED, REPEATED = 35, 25, 5  # of 100
+
+
+def mixed(number: np.ndarray) -> np.ndarray:
+    """splitmix64 (Steele, Lea, Flood 2014): uint64[n] that look random, a function of uint64[n]."""
+    word = number + np.uint64(0x9E3779B97F4A7C15)
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
+
+
+def read(region_names: Sequence[str], settings: Settings, scan: stages.Scan) -> tuple[Mapped, pa.Table]:
+    """In the place of stages.read_shards."""
+    began = time.process_time()
+    found: dict[int, Scanned] = {}
+    tables = []
+    library = np.uint64(max(1, scan.images[scan.task.shards[0].image].info.nbytes * SHARED // 100 // 8))
+    for shard in scan.task.shards:
+        n = shard.pages
+        zero, shared, repeated = (n * part // 100 for part in (ZERO, SHARED, REPEATED))
+        rng = np.random.default_rng([shard.image, shard.start])
+        chosen = (rng.random(shared) ** 3 * float(library)).astype(np.uint64)  # the low numbers most often
+        own = (np.uint64(shard.image) << np.uint64(32)) + np.uint64(shard.start)
+        unique = n - zero - shared
+        alone = (np.uint64(1) << np.uint64(62)) + own + np.arange(unique, dtype=np.uint64)
+        alone[:repeated] = alone[repeated : 2 * repeated]
+        number = np.concatenate((chosen, alone))
+        words = np.empty((1 + len(number), 2), ">u8")
+        words[0] = np.frombuffer(fill_digest(0, settings.page_size), ">u8")
+        words[1:, 0], words[1:, 1] = mixed(number), mixed(number ^ np.uint64(0x5555))
+        rows = len(words)
+        pages = np.ones(rows, np.int64)
+        pages[0] = zero
+        columns = [
+            arrow(words.view(np.uint8).reshape(-1, 16)),
+            arrow(np.full(rows, shard.image, np.int32)),
+            arrow(np.zeros(rows, np.int16)),
+            arrow(np.ones(rows, bool)),
+            arrow(np.zeros(rows, np.int64)),
+            arrow(pages),
+            arrow((np.uint64(shard.start) + np.arange(rows, dtype=np.uint64)) * np.uint64(4096)),
+            arrow(np.full(rows, -1, np.int32)),
+            pa.nulls(rows, pa.uint64()),
+            arrow(np.zeros(rows, np.uint64), null=np.arange(rows) > 0),
+        ]
+        fields = [pa.array(c) if isinstance(c, np.ndarray) else c for c in columns]
+        tables.append(
+            pa.Table.from_arrays(
+                [c.cast(f.type) if c.type != f.type else c for c, f in zip(fields, SHARD_CONTENT.schema, strict=True)],
+                schema=SHARD_CONTENT.schema,
+            )
+        )
+        scanned = found.setdefault(shard.image, Scanned.nothing(scan.images[shard.image].info, settings))
+        scanned.classes[CLASSES.index("zero")] += zero
+        scanned.kinds[KINDS.index("zero")] += zero
+        scanned.kinds[KINDS.index("other")] += n - zero
+        scanned.colors[0, 0] += zero
+    made = time.process_time() - began
+    with open(os.environ["KSMDIST_SCALE_MADE"], "a", encoding="ascii") as log:
+        log.write(f"{made}\n")
+    return Mapped(found, [], scan.task.pages), classes.combine(tables)
+
+
+def drive(millions: int, out: Path) -> None:
+    """One run in this process, which is the driver."""
+    count = max(1, (millions << 20) // IMAGE_PAGES)
+    pages = (millions << 20) // count
+    infos = [
+        ImageInfo(f"made-{n:05d}", "raw", "guest", 4096, pages, 0, millions << 20, "", image_id=f"made-{n:05d}")
+        for n in range(count)
+    ]
+    opened = [Opened(info.image_id, "", info) for info in infos]
+    pipeline._look = lambda runner, sources, settings, strict: (opened, [])
+    stages.read_shards = read
+    pipeline.run(["made-up"], out, engine="ray")
+
+
+def peaks(driver: int, seen: dict[int, tuple[str, int]]) -> None:
+    """Note VmHWM, in KiB, of every process that the driver started."""
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            status = Path(f"/proc/{entry}/status").read_text(encoding="ascii", errors="replace")
+            command = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+        except OSError:
+            continue
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        if "VmHWM" not in fields:
+            continue
+        kind = "driver" if int(entry) == driver else "worker" if command.startswith("ray::") else ""
+        if kind:
+            seen[int(entry)] = (kind, int(fields["VmHWM"].split()[0]))
+
+
+def measure(millions: int, scratch: Path) -> None:
+    """Run in a process of its own, watch it, and print a row."""
+    out, made = scratch / "run", scratch / "made"
+    for old in (out, scratch / "run.partial"):
+        shutil.rmtree(old, ignore_errors=True)
+    made.write_text("")
+    environment = {**os.environ, "KSMDIST_SCALE_MADE": str(made)}
+    driver = subprocess.Popen([sys.executable, __file__, "--drive", str(millions), str(out)], env=environment)
+    seen: dict[int, tuple[str, int]] = {}
+    work = 0
+    looked = 0.0
+    while driver.poll() is None:
+        peaks(driver.pid, seen)
+        if time.monotonic() - looked > 5:
+            looked = time.monotonic()
+            try:
+                work = max(work, sum(path.stat().st_size for path in scratch.rglob("work/*.arrow")))
+            except OSError:  # a file that has just gone
+                pass
+        time.sleep(0.2)
+    if driver.returncode:
+        raise SystemExit(f"the run of {millions} million pages failed")
+    run = json.loads((out / "run.json").read_text())
+    cpus = len(os.sched_getaffinity(0))
+    making = sum(map(float, made.read_text().split()))
+    timings = run["timings"]
+    mapped = timings["scan_s"] * cpus - making
+    pages = millions << 20
+    largest = {kind: max(kib for k, kib in seen.values() if k == kind) / 1024 for kind in ("driver", "worker")}
+    whole = (mapped + (timings["combine_s"] + timings["merge_s"]) * cpus) / pages * 1e9
+    print(
+        f"| {millions} | {run['settings']['ranges']} | {run['engine']['tasks']} | {mapped:.1f} | "
+        f"{timings['merge_s'] * cpus:.1f} | {whole:.0f} | {pages / (timings['scan_s'] + timings['merge_s']) / 1e6:.2f} "
+        f"| {largest['worker']:.0f} | {largest['driver']:.0f} | {work / (1 << 30):.2f} |",
+        flush=True,
+    )
+    shutil.rmtree(out)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--drive":
+        drive(int(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        print(
+            "| million pages | ranges | tasks | combine, split, write: CPU s | merge, count: CPU s | ns a page in all "
+            "| million pages a second, making them too | largest worker, MiB | driver, MiB | disk meanwhile, GiB |\n"
+            + "|---" * 10
+            + "|",
+            flush=True,
+        )
+        for size in map(int, sys.argv[2:]) if len(sys.argv) > 2 else MILLIONS:
+            measure(size, Path(sys.argv[1]))

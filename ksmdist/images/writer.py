@@ -1,0 +1,74 @@
+"""Writes images of any format as one `memory_image` Arrow file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from ksmdist.errors import ImageError
+from ksmdist.images.base import Hole, Image
+from ksmdist.tables import MEMORY_IMAGE
+
+__all__ = ["write_image"]
+
+
+def write_image(
+    sources: Sequence[Image], path: str, image_id: str, captured_at: str = "", producer: str = ""
+) -> list[tuple[str, Hole]]:
+    """Write images, as one, to an Arrow file at `path`; returns (source path, hole) for what was unreadable.
+
+    The sources' addresses must not interleave: they are laid one after the other by first address.
+    Unreadable pages get no row. Raises ImageError where two sources hold the same address, or where
+    several name regions.
+    """
+    ordered = sorted(sources, key=_first_address) if len(sources) > 1 else list(sources)
+    first = ordered[0].info
+    if len(ordered) > 1 and any(source.info.regions for source in ordered):
+        raise ImageError("names regions, so it cannot be joined with other sources", first.path, "import it by itself")
+    absent = sum(source.info.pages_absent for source in sources)
+    origin = {"format": first.format, "producer": producer, "filter_level": "", "caveats": list(first.caveats)}
+    passed_over = [
+        dict(zip(("region", "reason", "pages"), row, strict=True)) for s in ordered for row in s.info.passed_over
+    ]
+    metadata = {
+        "ksmdist.table": MEMORY_IMAGE.name,
+        "ksmdist.version": str(MEMORY_IMAGE.version),
+        "ksmdist.page_size": str(first.page_size),
+        "ksmdist.image_id": image_id,
+        "ksmdist.kind": first.kind,
+        "ksmdist.host": first.host,
+        "ksmdist.tenant": first.tenant,
+        "ksmdist.source": json.dumps(origin, sort_keys=True),
+        "ksmdist.pages_absent": str(absent),
+        "ksmdist.captured_at": captured_at,
+        "ksmdist.scan_order": str(first.scan_order),
+        "ksmdist.passed_over": json.dumps(passed_over),
+        "ksmdist.ksm_stat": json.dumps(dict(first.ksm_stat)),
+    }
+    holes: list[tuple[str, Hole]] = [(source.info.path, hole) for source in ordered for hole in source.holes]
+    schema = MEMORY_IMAGE.schema.with_metadata(metadata)
+    before = -1
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for source in ordered:
+            for item in source.batches(0, source.info.pages):
+                if isinstance(item, Hole):
+                    holes.append((source.info.path, item))
+                    continue
+                address = int(item.column("address")[0].as_py())
+                if address <= before:
+                    raise ImageError(
+                        f"holds address {address:#x}, which another source holds or goes past",
+                        source.info.path,
+                        "import the sources one by one, each to an image of its own",
+                    )
+                before = int(item.column("address")[-1].as_py())
+                writer.write_batch(item.replace_schema_metadata(metadata))
+    return holes
+
+
+def _first_address(image: Image) -> int:
+    for item in image.batches(0, min(1, image.info.pages)):
+        return item.address if isinstance(item, Hole) else int(item.column("address")[0].as_py())
+    return 0

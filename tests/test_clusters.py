@@ -1,0 +1,330 @@
+"""Whole runs on clusters: where images are scanned, and what happens when a worker, a node or a host dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray import cloudpickle
+
+import ksmdist
+from ksmdist import pipeline, plan, stages
+from ksmdist.engines import ray as engine
+from ksmdist.errors import EngineError
+from ksmdist.settings import Settings
+from ksmdist.store import read_table
+from ksmdist.tables import HOLES, IMAGES
+
+from . import clusters, conftest, faults
+from .conftest import manifest, table_files
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SETTINGS = faults.SETTINGS
+
+# Workers do not have the tests on their path.
+for module in (sys.modules[__name__], faults, conftest):
+    cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture
+def unharmed(tmp_path: Path) -> dict[str, bytes]:
+    """The tables of the run that nothing happens to."""
+    folder = tmp_path / "unharmed"
+    folder.mkdir()
+    return table_files(ksmdist.run(faults.images(folder), folder / "run", SETTINGS, "inline").path)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[str]:
+    """A cluster of two nodes, blue and green, that stay."""
+    with clusters.raylets(["blue", "green"]) as (address, _, _):
+        yield address
+
+
+def _noting(log: Path) -> stages.Reader:
+    """read_shards that notes task and node."""
+
+    def before(scan: stages.Scan) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        (log / f"{scan.task.number}").write_text(node)
+
+    return faults.reader(before)
+
+
+def test_a_killed_worker(two: str, tmp_path: Path, unharmed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = faults.images(tmp_path)
+    flag = tmp_path / "died"
+    monkeypatch.setattr(stages, "read_shards", faults.reader(faults.once(flag, 3, faults.die)))
+    run = ksmdist.run(made, tmp_path / "run", SETTINGS, "ray", two)
+    assert flag.exists()
+    assert table_files(run.path) == unharmed
+
+
+def test_a_worker_killed_in_a_merge(
+    two: str, tmp_path: Path, unharmed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = tmp_path / "died"
+    merge = stages.merge
+
+    def dying(*arguments: Any) -> Any:
+        found = merge(*arguments)
+        if arguments[-1].number == 2 and not flag.exists():
+            flag.touch()
+            faults.die()
+        return found
+
+    monkeypatch.setattr(stages, "merge", dying)
+    run = ksmdist.run(faults.images(tmp_path), tmp_path / "run", SETTINGS, "ray", two)
+    assert flag.exists()
+    assert table_files(run.path) == unharmed
+
+
+def test_images_are_scanned_where_they_are(two: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = faults.images(tmp_path)
+    log = tmp_path / "log"
+    log.mkdir()
+    monkeypatch.setattr(stages, "read_shards", _noting(log))
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text(
+        f"- {{image: first, uri: 'node://blue{one}', tenant: t1}}\n- {{image: second, uri: '{other}', host: green}}\n"
+    )
+    run = ksmdist.run([], tmp_path / "run", SETTINGS, "ray", two, manifest=str(fleet))
+    names = {node["NodeID"]: node["Labels"].get("ksmdist-host") for node in _nodes(two)}
+    where = {int(path.name): names[path.read_text()] for path in log.iterdir()}
+    assert where == {n: "blue" if n < 4 else "green" for n in range(8)}
+    images = read_table(run.path, IMAGES).to_pylist()
+    assert [(row["image_id"], row["host"], row["tenant"]) for row in images] == [
+        ("first", "blue", "t1"),
+        ("second", "green", ""),
+    ]
+    assert run.complete
+
+
+def _nodes(address: str) -> list[Any]:
+    with_ray: list[Any] = []
+    ray.init(address=address, log_to_driver=False)
+    try:
+        with_ray = ray.nodes()  # type: ignore[no-untyped-call]
+    finally:
+        ray.shutdown()
+    return with_ray
+
+
+def test_images_of_a_host_that_is_not_there_are_holes(two: str, tmp_path: Path) -> None:
+    one, other = faults.images(tmp_path)
+    alone = ksmdist.run([one], tmp_path / "alone", SETTINGS, "inline")
+    for name, options in (("run", []), ("strict", ["--strict"])):
+        command = [sys.executable, "-m", "ksmdist", "run", str(one), f"node://red{other}", "-o", str(tmp_path / name)]
+        command += ["--address", two, "--shard-pages", "4", "--ranges", "4", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if options:
+            assert done.returncode == 1
+            assert "1 images are on nodes that are not in the cluster: red" in done.stderr
+            assert not (tmp_path / name).exists()
+            continue
+        assert done.returncode == 3, done.stderr
+        assert "1 images are on nodes that are not in the cluster: node://red" in done.stderr
+        assert "INCOMPLETE: 1 images are on nodes that are not in the cluster" in done.stdout
+    run = tmp_path / "run"
+    assert read_table(run, HOLES).to_pylist() == [
+        {"image_id": f"node://red{other}", "address": 0, "pages": None, "reason": "no_node"}
+    ]
+    missing = read_table(run, IMAGES).to_pylist()[1]
+    assert (missing["host"], missing["total"], missing["unreadable"]) == ("red", 0, None)
+    assert json.loads((run / "run.json").read_text())["summary"]["holes"]["images"] == [f"node://red{other}"]
+    for table in ("spectrum", "counters"):
+        assert (run / f"{table}.parquet").read_bytes() == (alone.path / f"{table}.parquet").read_bytes()
+    assert ksmdist.load(run).out_of_reach == (f"node://red{other}",)
+
+
+def test_little_object_store_is_enough(
+    tmp_path: Path, unharmed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_OBJECT_STORE_BYTES", 80 << 20)
+    out = tmp_path / "run"
+    # Results that are a quarter of the store each, all at once: Ray makes the tasks wait.
+    merge = stages.merge
+
+    def large(*arguments: Any) -> Any:
+        import numpy as np
+
+        found = merge(*arguments)
+        return LargeResult(found, np.ones(20 << 20, np.uint8))
+
+    class LargeResult:
+        def __init__(self, found: Any, ballast: Any) -> None:
+            self.found, self.ballast = found, ballast
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return getattr(self.__dict__["found"], name)
+
+    monkeypatch.setattr(stages, "merge", large)
+    run = ksmdist.run(faults.images(tmp_path), out, Settings(shard_pages=4, ranges=4), "ray")
+    assert table_files(run.path) == unharmed
+
+
+def test_a_killed_node(tmp_path: Path, unharmed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = faults.images(tmp_path)
+    flag = tmp_path / "is there"
+
+    def linger() -> None:
+        time.sleep(30)  # the node dies meanwhile
+
+    monkeypatch.setattr(stages, "read_shards", faults.reader(faults.once(flag, 2, linger)))
+    with clusters.raylets(["blue", "green"]) as (address, _, nodes):
+        by_id = {node.unique_id: node for node in nodes.values()}
+
+        def killer() -> None:
+            faults.wait_for(flag.exists, 90)
+            held = [node for node in by_id.values() if _runs_task(node)]
+            for node in held[:1]:
+                clusters.kill(node)
+
+        killing = threading.Thread(target=killer)
+        killing.start()
+        run = ksmdist.run(made, tmp_path / "run", SETTINGS, "ray", address)
+        killing.join()
+    assert table_files(run.path) == unharmed
+
+
+def _runs_task(node: Any) -> bool:
+    """Whether a worker of this raylet is at task 2, which lingers."""
+    raylets = {process.process.pid for process in node.all_processes["raylet"]}
+    for pid in clusters.workers():
+        status = Path(f"/proc/{pid}/status").read_text()
+        parent = int(status.split("PPid:")[1].split()[0])
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if parent in raylets and b"scan image0 [8, 12)" in command:
+            return True
+    return False
+
+
+def test_a_host_that_dies_with_its_images(
+    tmp_path: Path, unharmed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = faults.images(tmp_path)
+    flag = tmp_path / "is there"
+    monkeypatch.setattr(engine, "_NODE_PATIENCE_S", 3.0)
+    monkeypatch.setattr(stages, "read_shards", faults.reader(faults.once(flag, 6, lambda: time.sleep(30))))
+    sources = [str(one), f"node://green{other}"]
+    with clusters.raylets(["blue", "green"]) as (address, cluster, nodes):
+
+        def killer() -> None:
+            faults.wait_for(flag.exists, 90)
+            clusters.kill(nodes["green"])
+
+        killing = threading.Thread(target=killer)
+        killing.start()
+        with pytest.raises(EngineError, match=r"node green: has left the cluster.* of 8 tasks are done and kept: ksm"):
+            ksmdist.run(sources, tmp_path / "run", SETTINGS, "ray", address)
+        killing.join()
+        clusters.add(cluster, "green")
+        log = tmp_path / "log"
+        log.mkdir()
+        monkeypatch.setattr(stages, "read_shards", _noting(log))
+        run = pipeline.resume(tmp_path / "run", "ray", address)
+        assert "6" in {path.name for path in log.iterdir()}
+        assert len(list(log.iterdir())) < 8
+    found = table_files(run.path)
+    different = {name for name, data in found.items() if data != unharmed[name]}
+    assert different <= {"images.parquet"}  # where the host is named
+
+
+def test_a_driver_killed_on_a_cluster(
+    two: str, tmp_path: Path, unharmed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = faults.images(tmp_path)
+    code = f"""
+from ksmdist.engines import ray as engine
+seen = []
+inner = engine._Flight.run
+def run(self, on_done):
+    def dying(number, result):
+        on_done(number, result)
+        seen.append(number)
+        if self._stage.name == "scan" and len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+    inner(self, dying)
+engine._Flight.run = run
+engine._TASKS_A_SLOT = 1
+pipeline.run(sys.argv[2:], sys.argv[1], Settings(shard_pages=4, ranges=4), "ray", "{two}")
+"""
+    killed = faults.driver(code, tmp_path / "run", *made)
+    _, said = killed.communicate(timeout=120)
+    assert killed.returncode == -9, said
+    log = tmp_path / "log"
+    log.mkdir()
+    monkeypatch.setattr(stages, "read_shards", _noting(log))
+    run = pipeline.resume(tmp_path / "run", "ray", two)
+    assert len(list(log.iterdir())) <= 5
+    assert table_files(run.path) == unharmed
+
+
+def test_what_a_task_does_is_its_name(two: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = tmp_path / "names"
+    names.mkdir()
+
+    def before(scan: stages.Scan) -> None:
+        (names / str(scan.task.number)).write_text(str(ray.get_runtime_context().get_task_name()))
+
+    monkeypatch.setattr(stages, "read_shards", faults.reader(before))
+    ksmdist.run(faults.images(tmp_path), tmp_path / "run", SETTINGS, "ray", two)
+    assert (names / "1").read_text() == "scan image0 [4, 8)"
+    assert pipeline._describe_merge(64, plan.Piece(2, 0, 0, 0, 0)) == "merge range 3/64"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces take root: run the tests as root")
+def test_hosts_with_disks_of_their_own(tmp_path: Path) -> None:
+    """Three hosts in network namespaces: the head and driver have no image, the other two have one each."""
+    with clusters.hosts(tmp_path, ["head", "north", "south"]) as (address, made):
+        for (name, image), host in zip(
+            (
+                ("north", faults.images(made["north"].images, 1)[0]),
+                ("south", faults.images(made["south"].images, 2)[1]),
+            ),
+            (made["north"], made["south"]),
+            strict=True,
+        ):
+            image.rename(host.images / "vm.raw")
+            assert name == host.name
+        (made["south"].images / "image0.raw").unlink()
+        out = tmp_path / "run"
+        sources = [f"node://{name}{clusters.MOUNT}/*.raw" for name in ("north", "south", "west")]
+        command = [sys.executable, "-m", "ksmdist", "run", *sources, "-o", str(out), "--address", address]
+        command += ["--shard-pages", "4", "--ranges", "4"]
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        until = time.monotonic() + 90
+        while True:  # until both hosts have joined
+            done = subprocess.run(
+                made["head"].command(command), capture_output=True, text=True, timeout=120, env=environment
+            )
+            if "images are on nodes that are not in the cluster: node://west" in done.stderr:
+                break
+            assert time.monotonic() < until, done.stderr
+            subprocess.run(["rm", "-rf", str(out), f"{out}.partial"], check=True)
+            time.sleep(1)
+        assert done.returncode == 3, done.stderr
+    local = tmp_path / "local"
+    local.mkdir()
+    plain = ksmdist.run(faults.images(local), local / "run", SETTINGS, "inline")
+    assert (out / "spectrum.parquet").read_bytes() == (plain.path / "spectrum.parquet").read_bytes()
+    images = read_table(out, IMAGES)
+    assert images.column("image_id").to_pylist() == [
+        f"node://west{clusters.MOUNT}/*.raw",
+        f"north{clusters.MOUNT}/vm.raw",
+        f"south{clusters.MOUNT}/vm.raw",
+    ]
+    assert images.column("host").to_pylist() == ["west", "north", "south"]
+    assert manifest(out)["summary"]["pages"]["total"] == 32
