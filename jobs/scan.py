@@ -6,7 +6,7 @@ import sys
 from ksmdist.cli import main
 
 if __name__ == "__main__":
-    # Ray sets RAY_ADDRESS for a job's driver, so `--engine auto` picks this cluster.
+    # Ray sets RAY_ADDRESS for a job's driver, so that `--engine auto` takes this cluster.
     os.environ.setdefault("RAY_ADDRESS", "auto")
-    sys.argv[1:1] = ["run", "--quiet"]
+    sys.argv[1:1] = ["run"]
     main()

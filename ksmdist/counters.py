@@ -201,16 +201,30 @@ def predict(sharing: Sharing, settings: Settings) -> Prediction:
     )
 
 
+_CLOSED_ROWS = 1 << 17
+"""Rows that are dealt with at a time: what they take stays in the processor's cache."""
+
+
 def _closed(sharing: Sharing, settings: Settings, tally: _Tally) -> None:
     """Contents other than zero in frames of their own, by arithmetic."""
     table = sharing.by_image(settings.merge_across_nodes)
+    left = []
+    for at in range(0, max(1, len(table)), _CLOSED_ROWS):
+        left += _closed_rows(table[at : at + _CLOSED_ROWS], settings, tally)
+    if left:
+        keys, pages = count_rows(list(np.concatenate(left)[:, :3].T), np.concatenate(left)[:, 3])
+        tally.left.append(np.stack([*keys, pages], axis=1))
+
+
+def _closed_rows(table: np.ndarray, settings: Settings, tally: _Tally) -> list[np.ndarray]:
+    """Some rows of image_spectrum; returns what is left over, int64[n, 4]."""
     last = table[table[:, 3] + table[:, 4] == table[:, 2]]  # a row a content: of the image that has its last copy
     copies, contents = last[:, 2], last[:, 6]
     scans = settings.full_scans
     if scans == 1:  # the first visit records a checksum, no more
         tally.volatile += int((copies * contents).sum())
         tally.frames += int((copies * contents).sum())
-        return
+        return []
     limit = settings.max_page_sharing or _NO_LIMIT
     full, rest = np.divmod(copies, limit)
     nodes = full + (rest >= 2)
@@ -237,7 +251,7 @@ def _closed(sharing: Sharing, settings: Settings, tally: _Tally) -> None:
     image, region, copies, contents = (column[waits] for column in (image, region, copies, contents))
     reason = np.where(copies == 1, _UNIQUE, _FULL_CHAIN)
     keys, pages = count_rows([image, region, reason], contents)
-    tally.left.append(np.stack([*keys, pages], axis=1))
+    return [np.stack([*keys, pages], axis=1)]
 
 
 def _wait(lone: int, settings: Settings, tally: _Tally) -> None:

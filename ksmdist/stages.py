@@ -18,7 +18,8 @@ import pyarrow as pa
 from ksmdist import checkpoint, classes, digests, fleet, images, store, tree
 from ksmdist.errors import ImageError, RunDirectoryError
 from ksmdist.fleet import Source
-from ksmdist.images import Hole, ImageInfo
+from ksmdist.images import Hole, ImageInfo, stores
+from ksmdist.images.uris import is_uri
 from ksmdist.plan import Combination, Piece, Task
 from ksmdist.scanned import Mapped, Opened, Scanned
 from ksmdist.settings import Settings
@@ -38,19 +39,31 @@ class Found:
 
 def open_sources(settings: Settings, sources: Sequence[Source]) -> Found:
     """Look at sources on a node that has them: what images they are. No page is read. Raises ImageError."""
-    found: list[tuple[Source, ImageInfo, tuple[Hole, ...]]] = []
-    left_out: list[tuple[str, str]] = []
-    for source in sources:
-        with _named_by_node(source.node):
-            expanded = fleet.expand(source)
-            left_out += expanded.left_out
-            for one in expanded.sources:
-                image = images.open_image(one.uri, settings.page_size, settings.format)
-                try:
-                    found.append((one, image.info, image.holes))
-                finally:
-                    image.close()
-    return Found(tuple(found), tuple(left_out))
+    look = functools.partial(_look, settings)
+    if any(is_uri(source.uri) for source in sources):  # what takes time is waiting for a store
+        found = list(stores.in_order(map(_waiting, [look] * len(sources), sources), len(sources)))
+    else:
+        found = [look(source) for source in sources]
+    return Found(
+        tuple(image for one in found for image in one.images), tuple(pair for one in found for pair in one.left_out)
+    )
+
+
+def _waiting(look: Callable[[Source], Found], source: Source) -> Callable[[object], Found]:
+    return lambda _: look(source)
+
+
+def _look(settings: Settings, source: Source) -> Found:
+    with _named_by_node(source.node):
+        expanded = fleet.expand(source)
+        found = []
+        for one in expanded.sources:
+            image = images.open_image(one.uri, settings.page_size, settings.format)
+            try:
+                found.append((one, image.info, image.holes))
+            finally:
+                image.close()
+        return Found(tuple(found), expanded.left_out)
 
 
 class _named_by_node:  # noqa: N801  # reads as a statement

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,26 @@ def test_images_of_a_host_that_is_not_there_are_holes(two: str, tmp_path: Path) 
     for table in ("spectrum", "counters"):
         assert (run / f"{table}.parquet").read_bytes() == (alone.path / f"{table}.parquet").read_bytes()
     assert ksmdist.load(run).out_of_reach == (f"node://red{other}",)
+
+
+def test_metrics_of_tasks_are_rays_metrics(two: str, tmp_path: Path) -> None:
+    """Scraped as Prometheus would, from the agents of the nodes."""
+    ksmdist.run(faults.images(tmp_path), tmp_path / "run", SETTINGS, "ray", two)
+    ports = [node["MetricsExportPort"] for node in _nodes(two)]
+
+    def scraped() -> str:
+        found = ""
+        for port in ports:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+                found += answer.read().decode()
+        return found
+
+    def pages() -> float:
+        lines = [line for line in scraped().splitlines() if line.startswith("ray_ksmdist_pages")]
+        return sum(float(line.split()[-1]) for line in lines if 'stage="scan"' in line)
+
+    faults.wait_for(lambda: pages() >= 32, 60)
+    assert "ray_ksmdist_task_seconds_bucket" in scraped()
 
 
 def test_little_object_store_is_enough(

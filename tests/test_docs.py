@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     path for folder in (".", "docs", "schemas", "jobs", "benchmarks") for path in sorted((ROOT / folder).glob("*.md"))
 ]
-COMMANDS = ("run", "import", "demo", "schema", "whatif", "explain", "unmerge", "capture", "verify-kernel")
+COMMANDS = ("run", "plan", "import", "demo", "schema", "whatif", "explain", "unmerge", "capture", "verify-kernel")
 
 
 def help_of(*command: str) -> str:
