@@ -3,7 +3,7 @@
 Only reading and hashing are replaced: a task makes the digests that a guest's pages might have (35 % zero, a
 quarter out of a library that all guests draw on, the popular ones most, 5 % repeated inside, the rest unique),
 and all that follows is the real flow, on Ray with a worker for each CPU. Peaks are the kernel's (VmHWM) of the
-driver and of every worker, watched from outside.
+driver and of every worker, watched from outside; CPU time is theirs too, making the digests apart.
 
     python benchmarks/scale.py SCRATCH [MILLIONS ...]     1 million = 2**20 pages = 4 GiB
 """
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +110,14 @@ def drive(millions: int, out: Path) -> None:
     pipeline.run(["made-up"], out, engine="ray")
 
 
-def peaks(driver: int, seen: dict[int, tuple[str, int]]) -> None:
-    """Note VmHWM, in KiB, of every process that the driver started."""
+def look(driver: int, seen: dict[int, tuple[str, int, float]]) -> None:
+    """Note VmHWM, in KiB, and CPU seconds of the driver and of every worker."""
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         try:
             status = Path(f"/proc/{entry}/status").read_text(encoding="ascii", errors="replace")
+            times = Path(f"/proc/{entry}/stat").read_text(encoding="ascii", errors="replace").rsplit(")", 1)[1].split()
             command = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
         except OSError:
             continue
@@ -124,7 +126,8 @@ def peaks(driver: int, seen: dict[int, tuple[str, int]]) -> None:
             continue
         kind = "driver" if int(entry) == driver else "worker" if command.startswith("ray::") else ""
         if kind:
-            seen[int(entry)] = (kind, int(fields["VmHWM"].split()[0]))
+            cpu = (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+            seen[int(entry)] = (kind, int(fields["VmHWM"].split()[0]), cpu)
 
 
 def measure(millions: int, scratch: Path) -> None:
@@ -135,32 +138,29 @@ def measure(millions: int, scratch: Path) -> None:
     made.write_text("")
     environment = {**os.environ, "KSMDIST_SCALE_MADE": str(made)}
     driver = subprocess.Popen([sys.executable, __file__, "--drive", str(millions), str(out)], env=environment)
-    seen: dict[int, tuple[str, int]] = {}
+    seen: dict[int, tuple[str, int, float]] = {}
     work = 0
     looked = 0.0
     while driver.poll() is None:
-        peaks(driver.pid, seen)
+        look(driver.pid, seen)
         if time.monotonic() - looked > 5:
             looked = time.monotonic()
-            try:
+            with suppress(OSError):  # a file that has just gone
                 work = max(work, sum(path.stat().st_size for path in scratch.rglob("work/*.arrow")))
-            except OSError:  # a file that has just gone
-                pass
         time.sleep(0.2)
     if driver.returncode:
         raise SystemExit(f"the run of {millions} million pages failed")
     run = json.loads((out / "run.json").read_text())
-    cpus = len(os.sched_getaffinity(0))
     making = sum(map(float, made.read_text().split()))
     timings = run["timings"]
-    mapped = timings["scan_s"] * cpus - making
     pages = millions << 20
-    largest = {kind: max(kib for k, kib in seen.values() if k == kind) / 1024 for kind in ("driver", "worker")}
-    whole = (mapped + (timings["combine_s"] + timings["merge_s"]) * cpus) / pages * 1e9
+    largest = {kind: max(kib for k, kib, _ in seen.values() if k == kind) / 1024 for kind in ("driver", "worker")}
+    used = {kind: sum(cpu for k, _, cpu in seen.values() if k == kind) for kind in ("driver", "worker")}
+    spent = used["driver"] + used["worker"] - making
     print(
-        f"| {millions} | {run['settings']['ranges']} | {run['engine']['tasks']} | {mapped:.1f} | "
-        f"{timings['merge_s'] * cpus:.1f} | {whole:.0f} | {pages / (timings['scan_s'] + timings['merge_s']) / 1e6:.2f} "
-        f"| {largest['worker']:.0f} | {largest['driver']:.0f} | {work / (1 << 30):.2f} |",
+        f"| {millions} | {run['settings']['ranges']} | {run['engine']['tasks']} | {spent:.1f} | {used['driver']:.1f} | "
+        f"{spent / pages * 1e9:.0f} | {timings['scan_s']:.1f} | {timings['merge_s']:.1f} | {largest['worker']:.0f} | "
+        f"{largest['driver']:.0f} | {work / (1 << 30):.2f} |",
         flush=True,
     )
     shutil.rmtree(out)
@@ -171,10 +171,8 @@ if __name__ == "__main__":
         drive(int(sys.argv[2]), Path(sys.argv[3]))
     else:
         print(
-            "| million pages | ranges | tasks | combine, split, write: CPU s | merge, count: CPU s | ns a page in all "
-            "| million pages a second, making them too | largest worker, MiB | driver, MiB | disk meanwhile, GiB |\n"
-            + "|---" * 10
-            + "|",
+            "| million pages | ranges | tasks | CPU s | driver's | CPU ns a page | scan, s | merge and count, s "
+            "| largest worker, MiB | driver, MiB | disk meanwhile, GiB |\n" + "|---" * 11 + "|",
             flush=True,
         )
         for size in map(int, sys.argv[2:]) if len(sys.argv) > 2 else MILLIONS:

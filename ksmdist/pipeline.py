@@ -51,6 +51,7 @@ from ksmdist.whatif import grid
 __all__ = ["NoProgress", "Progress", "estimate", "resume", "run"]
 
 _SOURCES_A_TASK = 16  # looked at by one task
+_START_S = 0.3  # of a process: its imports
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -172,9 +173,12 @@ def estimate(
         settings = plan.fill(settings, sum(pages), machines.memory_a_cpu)
         planned = plan.plan(pages, [image.node for image in opened], settings)
         remote = sum(image.info.pages for image in opened if is_uri(image.info.path))
-        start_s = engines.RAY_START_S if choice.name == "ray" and not choice.address else 0.3
-        cluster = choice.address is not None
-        return settings, planned.estimate(pages, remote, cpus or machines.cpus, start_s, cluster), choice
+        if cpus is not None:
+            choice = engines.Choice("ray", choice.address, f"a cluster of {cpus} CPUs was named")
+        start_s = engines.RAY_START_S if choice.name == "ray" and not choice.address else _START_S
+        count = cpus or machines.cpus
+        cluster = choice.address is not None or cpus is not None
+        return settings, planned.estimate(pages, remote, count, choice.name != "inline", start_s, cluster), choice
 
 
 @dataclass(slots=True)

@@ -132,10 +132,12 @@ class Plan:
         """Bytes that a task of the map takes at its peak."""
         return BATCH_MEMORY + max((task.pages for task in self.tasks), default=0) * SCAN_BYTES
 
-    def estimate(self, pages: Sequence[int], remote_pages: int, cpus: int, start_s: float, cluster: bool) -> Estimate:
+    def estimate(
+        self, pages: Sequence[int], remote_pages: int, cpus: int, scan_on_all: bool, start_s: float, cluster: bool
+    ) -> Estimate:
         """What it will take on `cpus` CPUs, with no more known than the sizes of the images.
 
-        remote_pages: pages in object stores. Every page is taken for a content of its own, which bounds
+        scan_on_all: whether scans run on all of them, as merges do; remote_pages: pages in object stores. Every page is taken for a content of its own, which bounds
         memory, disk and network from above. The time is that of pages that are in the page cache.
         """
         total = sum(pages)
@@ -162,7 +164,9 @@ class Plan:
             read_bytes=read,
             network_bytes=read + (2 * rounds * work if cluster else 0),
             cpus=cpus,
-            seconds=start_s + (gib * SCAN_S_PER_GIB + rounds * total * MERGE_S_PER_ROW) / cpus,
+            seconds=start_s
+            + gib * SCAN_S_PER_GIB / (cpus if scan_on_all else 1)
+            + rounds * total * MERGE_S_PER_ROW / cpus,
         )
 
 

@@ -41,18 +41,23 @@ def add(cluster: Any, name: str, cpus: int = 1) -> Any:
 
 
 def kill(node: Any) -> None:
-    """SIGKILL a raylet; its workers follow it."""
-    for process in node.all_processes["raylet"]:
-        os.kill(process.process.pid, signal.SIGKILL)
+    """SIGKILL a raylet and its workers, as when its host loses power."""
+    raylets = [process.process.pid for process in node.all_processes["raylet"]]
+    for pid in [*raylets, *workers(node)]:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
-def workers() -> list[int]:
-    """Processes on this machine that run a task of Ray's."""
-    found = []
+def workers(node: Any) -> dict[int, str]:
+    """Processes that a raylet has started, and what each is doing."""
+    raylets = {process.process.pid for process in node.all_processes["raylet"]}
+    found = {}
     for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError, ValueError):
-            if Path(f"/proc/{int(entry)}/cmdline").read_bytes().startswith(b"ray::"):
-                found.append(int(entry))
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pid = int(entry)
+            parent = int(Path(f"/proc/{pid}/status").read_text().split("PPid:")[1].split()[0])
+            if parent in raylets:
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return found
 
 

@@ -29,6 +29,7 @@ HOST_LABEL = "ksmdist-host"
 _TASKS_A_SLOT = 4  # in flight: enough that no worker waits for the driver, few enough to bound memory
 _RETRIES = 10  # of a task whose worker or node died
 _NODE_PATIENCE_S = 30.0  # for a node that has images to come back
+_WORKERS_PATIENCE_S = 900.0  # for an autoscaler to start the first node that computes
 _LOOK_S = 2.0  # between looks at a cluster that may have grown
 _OBJECT_STORE_BYTES = 128 << 20  # of a Ray started here: what tasks find goes through files
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
@@ -114,9 +115,8 @@ class RayEngine:
 
     def run(self, stage: Stage[Task, Result], tasks: Sequence[Task], on_done: Callable[[int, Result], None]) -> None:
         """See Engine.run. Many more tasks than the cluster has slots are never handed to Ray at once."""
-        flight = _Flight(stage, tasks)
         try:
-            flight.run(on_done)
+            _Flight(stage, tasks).run(on_done)
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, KsmdistError):
@@ -126,11 +126,9 @@ class RayEngine:
             raise
         except RayError as error:
             raise _lost(error, stage.name) from None
-        finally:
-            flight.cancel()
 
     def close(self) -> None:
-        """Leave the cluster, or stop the one started here."""
+        """Leave the cluster, or stop the one started here: Ray then ends what still runs of this driver's tasks."""
         ray.shutdown()
 
 
@@ -157,6 +155,7 @@ class _Flight:
         self._running: dict[Any, int] = {}
         self._lost: dict[int, int] = {}
         self._looked = -_LOOK_S
+        self._worked = time.monotonic()
         self._most = 2
 
     def run(self, on_done: Callable[[int, Any], None]) -> None:
@@ -181,11 +180,6 @@ class _Flight:
                 else:
                     on_done(number, result)
 
-    def cancel(self) -> None:
-        """Give up what has not ended."""
-        for ref in self._running:
-            ray.cancel(ref, force=True)
-
     def _look(self) -> None:
         """How many tasks the cluster can have now."""
         if time.monotonic() - self._looked < _LOOK_S:
@@ -193,8 +187,16 @@ class _Flight:
         self._looked = time.monotonic()
         memory, slots, largest = self._stage.memory, 0, 0
         for cpus, available in map(_size, _alive()):
-            slots += min(cpus, available // memory) if memory else cpus
-            largest = max(largest, available)
+            if cpus >= 1:
+                self._worked = self._looked
+                slots += min(cpus, available // memory) if memory else cpus
+                largest = max(largest, available)
+        if self._looked - self._worked > _WORKERS_PATIENCE_S:
+            raise EngineError(
+                f"has had no node with a CPU for {_WORKERS_PATIENCE_S / 60:.0f} minutes",
+                "the cluster",
+                "add nodes that compute, or see why the autoscaler starts none",
+            )
         if memory > largest > 0:
             raise SettingsError(
                 f"no node has the {memory >> 20} MiB that a {self._stage.name} task may take: the largest has "
