@@ -366,21 +366,21 @@ def _flow(
     # Map.
     found = [Scanned.nothing(info, settings) for info in infos]
     holes = [(number, hole) for number, image in enumerate(opened) for hole in image.holes]
-    rows = np.zeros(settings.ranges, np.int64)
+    levels = plan.combinations(len(planned.tasks), settings.fan_in)
+    written = _Written(len(planned.tasks), settings.ranges, keep=not levels)
     again = 0
 
-    def on_scanned(_: int, result: stages.Result) -> None:
+    def on_scanned(number: int, result: stages.Result) -> None:
         nonlocal again
         for image, of_image in result.mapped.images.items():
             found[image].add(of_image)
         holes.extend(result.mapped.holes)
-        rows[:] += result.rows
+        written.add(number, result.written)
         again += result.again
         progress.scanned(result.mapped.pages)
 
     progress.scanning(total, settings.page_size)
     names = sorted({name for info in infos for name in info.regions if name})
-    levels = plan.combinations(len(planned.tasks), settings.fan_in)
     scan = functools.partial(stages.scan, directory, names, settings, stages.read_shards)
     tasks = [
         stages.Scan(
@@ -400,10 +400,10 @@ def _flow(
 
     # The tree of merges, where there are many results.
     for level in levels:
-        rows[:] = 0
+        written = _Written(len(level), settings.ranges, keep=level is levels[-1])
 
-        def on_combined(_: int, result: stages.Result) -> None:
-            rows[:] += result.rows
+        def on_combined(number: int, result: stages.Result, into: _Written = written) -> None:
+            into.add(number, result.written)
 
         runner.run(
             Stage(
@@ -417,11 +417,14 @@ def _flow(
             level,
             on_combined,
         )
-        clock.lap("combine", f"{len(level)} tasks, {int(rows.sum()):,} rows left", progress)
+        clock.lap("combine", f"{len(level)} tasks, {written.total:,} rows left", progress)
     results = [(len(levels), number) for number in range(len(levels[-1] if levels else tasks))]
 
     # Reduce.
-    pieces = plan.cut_ranges(rows, plan.share(settings.task_memory))
+    pieces = plan.cut_ranges(written.rows, plan.share(settings.task_memory))
+    merges = [
+        stages.Merge(piece, written.offsets[:, piece.range], written.offsets[:, piece.range + 1]) for piece in pieces
+    ]
     totals = Totals(len(infos))
 
     def on_merged(_: int, merged: Merged) -> None:
@@ -437,10 +440,10 @@ def _flow(
             lambda merged: {"rows": merged.rows},
             settings.task_memory,
         ),
-        pieces,
+        merges,
         on_merged,
     )
-    clock.lap("merge", f"{len(pieces)} ranges, {int(rows.sum()):,} rows", progress)
+    clock.lap("merge", f"{len(pieces)} ranges, {written.total:,} rows", progress)
 
     # Count.
     holes_table = scanned.holes_table(holes, opened, settings.page_size)
@@ -450,7 +453,7 @@ def _flow(
     known = sum(hole.pages for image in opened for hole in image.holes)
     lost = sum(pages or 0 for pages in holes_table.column("pages").to_pylist()) - known
     checked = identities.check(sharing, prediction, settings, totals.stable_copies, total, lost)
-    written = sharing.tables() | {
+    tables = sharing.tables() | {
         IMAGES.name: images_table,
         HOLES.name: holes_table,
         REGIONS.name: scanned.regions_table(infos, found),
@@ -459,13 +462,13 @@ def _flow(
         KSM_STAT.name: counters.ksm_stat_table(prediction, sharing, settings),
         WHATIF.name: grid(sharing, settings),
     }
-    for name, table in written.items():
+    for name, table in tables.items():
         store.write_table(table, TABLES[name], directory)
     clock.lap("count", f"{len(sharing.spectrum):,} rows of the spectrum", progress)
 
     missing = [image.image_id for image in opened if not image.reached]
     summary = _summary(sharing, holes_table, prediction, settings) | {
-        "zero_colors": written[ZERO_COLORS.name].to_pylist(),
+        "zero_colors": tables[ZERO_COLORS.name].to_pylist(),
         "engine": choice.name,
         "engine_why": choice.why,
         "run": os.fspath(held.path),
@@ -495,7 +498,26 @@ def _flow(
         },
         directory,
     )
-    return Run(held.path, summary, settings, sharing, written[REGIONS.name], written[KSM_STAT.name], tuple(caveats))
+    return Run(held.path, summary, settings, sharing, tables[REGIONS.name], tables[KSM_STAT.name], tuple(caveats))
+
+
+class _Written:
+    """Where the rows of a level's results are. rows: int64[ranges], of all; offsets: int64[results, ranges + 1]."""
+
+    def __init__(self, results: int, ranges: int, keep: bool) -> None:
+        self.rows = np.zeros(ranges, np.int64)
+        self.offsets = np.zeros((results if keep else 0, ranges + 1), np.int64)
+
+    def add(self, number: int, written: checkpoint.Written) -> None:
+        """Note a result; where more are to come together first, its offsets are in its mark alone."""
+        self.rows += written.rows
+        if len(self.offsets):
+            self.offsets[number] = written.offsets
+
+    @property
+    def total(self) -> int:
+        """Rows in all."""
+        return int(self.rows.sum())
 
 
 def _node_of(directory: Path, scan: stages.Scan) -> str:
@@ -512,12 +534,12 @@ def _describe_scan(scan: stages.Scan) -> str:
     return f"scan {where} to {scan.images[last.image].image_id} [{last.start}, {last.end})"
 
 
-def _describe_merge(pieces: int, piece: plan.Piece) -> str:
-    return f"merge range {piece.number + 1}/{pieces}"
+def _describe_merge(pieces: int, merge: stages.Merge) -> str:
+    return f"merge range {merge.piece.number + 1}/{pieces}"
 
 
 def _figures(result: stages.Result) -> Mapping[str, int]:
-    return {"pages": result.mapped.pages, "rows": int(result.rows.sum())}
+    return {"pages": result.mapped.pages, "rows": int(result.written.rows.sum())}
 
 
 def _of_manifest(image: Opened) -> dict[str, object]:

@@ -137,8 +137,9 @@ class Plan:
     ) -> Estimate:
         """What it will take on `cpus` CPUs, with no more known than the sizes of the images.
 
-        scan_on_all: whether scans run on all of them, as merges do; remote_pages: pages in object stores. Every page is taken for a content of its own, which bounds
-        memory, disk and network from above. The time is that of pages that are in the page cache.
+        scan_on_all: whether scans run on all of them, as merges do; remote_pages: pages in object stores.
+        Every page is taken for a content of its own, which bounds memory, disk and network from above.
+        The time is that of pages that are in the page cache.
         """
         total = sum(pages)
         assert self.settings.task_memory is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from ksmdist import checkpoint, classes, digests, fleet, images, store, tree
+from ksmdist.checkpoint import Written
 from ksmdist.errors import ImageError, RunDirectoryError
 from ksmdist.fleet import Source
 from ksmdist.images import Hole, ImageInfo, stores
@@ -26,7 +28,7 @@ from ksmdist.settings import Settings
 from ksmdist.tables import STABLE_TREE
 from ksmdist.totals import Merged, pack
 
-__all__ = ["Found", "Result", "Scan", "combine", "merge", "open_sources", "read_shards", "scan"]
+__all__ = ["Found", "Merge", "Result", "Scan", "combine", "merge", "open_sources", "read_shards", "scan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +93,10 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a scan or a combination tells the driver. rows: int64[ranges], of its file; again: it was done before."""
+    """What a scan or a combination tells the driver; again: it was done before."""
 
     mapped: Mapped
-    rows: np.ndarray
+    written: Written
     again: bool = False
 
 
@@ -109,12 +111,12 @@ def scan(directory: Path, region_names: Sequence[str], settings: Settings, read:
     mark = checkpoint.read_mark(directory, 0, number, superseded)
     if mark is not None:
         infos = {n: image.info for n, image in scan.images.items()}
-        return Result(Mapped.from_json(mark["summary"], infos, settings), np.array(mark["rows"], np.int64), True)
+        return Result(Mapped.from_json(mark[1], infos, settings), mark[0], True)
     assert settings.ranges is not None
     with _named_by_node(scan.task.node):
         mapped, content = read(region_names, settings, scan)
-    rows = checkpoint.write_content(tree.split(content, settings.ranges), directory, 0, number, mapped.as_json())
-    return Result(mapped, np.array(rows, np.int64))
+    parts = tree.split(content, settings.ranges)
+    return Result(mapped, checkpoint.write_content(parts, directory, 0, number, mapped.as_json()))
 
 
 def read_shards(region_names: Sequence[str], settings: Settings, scan: Scan) -> tuple[Mapped, pa.Table]:
@@ -152,26 +154,36 @@ def combine(directory: Path, ranges: int, combination: Combination) -> Result:
     level, number = combination.level, combination.number
     superseded = any(checkpoint.content_file(directory, *result).exists() for result in combination.ancestors)
     members = [(level - 1, n) for n in range(combination.first, combination.last)]
-    nothing = Mapped({}, (), 0)
     mark = checkpoint.read_mark(directory, level, number, superseded)
-    if mark is None:
+    if mark is not None:
+        written = mark[0]
+    else:
         try:
-            rows = checkpoint.write_content(_combined(directory, ranges, members), directory, level, number, {})
+            written = checkpoint.write_content(_combined(directory, ranges, members), directory, level, number, {})
         except RunDirectoryError:
             mark = checkpoint.read_mark(directory, level, number)  # of another worker at the same task
             if mark is None:
                 # Where its members are gone too, the scans must be done again: without this file they are.
                 checkpoint.drop_content(directory, [(level, number)])
                 raise
-    if mark is not None:
-        rows = mark["rows"]
+            written = mark[0]
     checkpoint.drop_content(directory, members)
-    return Result(nothing, np.array(rows, np.int64), mark is not None)
+    return Result(Mapped({}, (), 0), written, mark is not None)
 
 
 def _combined(directory: Path, ranges: int, members: Sequence[tuple[int, int]]) -> Iterator[pa.Table]:
-    for number in range(ranges):
-        yield classes.combine(list(checkpoint.read_range(directory, members, number)))
+    with closing(checkpoint.Results(directory, members)) as results:
+        for number in range(ranges):
+            yield classes.combine(results.range(number))
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A task of the reduce: its piece, and where the range's rows are in each result, int64[results]."""
+
+    piece: Piece
+    start: np.ndarray
+    end: np.ndarray
 
 
 def merge(
@@ -180,12 +192,13 @@ def merge(
     ranges: int,
     image_ids: Sequence[str],
     hosts: Sequence[str],
-    piece: Piece,
+    task: Merge,
 ) -> Merged:
     """Merge one piece of the digests and write its part of the stable tree: the reduce."""
+    piece = task.piece
     tables = [
         tree.narrow(table, ranges, piece.range, piece.bits, piece.index)
-        for table in checkpoint.read_range(directory, results, piece.range)
+        for table in checkpoint.read_range(directory, results, task.start, task.end)
     ]
     rows = sum(map(len, tables))
     merged = tree.merge(tables, image_ids, hosts)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from ray import cloudpickle
@@ -80,7 +81,7 @@ def test_a_worker_killed_in_a_merge(
 
     def dying(*arguments: Any) -> Any:
         found = merge(*arguments)
-        if arguments[-1].number == 2 and not flag.exists():
+        if arguments[-1].piece.number == 2 and not flag.exists():
             flag.touch()
             faults.die()
         return found
@@ -178,8 +179,6 @@ def test_little_object_store_is_enough(
     merge = stages.merge
 
     def large(*arguments: Any) -> Any:
-        import numpy as np
-
         found = merge(*arguments)
         return LargeResult(found, np.ones(20 << 20, np.uint8))
 
@@ -297,7 +296,10 @@ def test_what_a_task_does_is_its_name(two: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(stages, "read_shards", faults.reader(before))
     ksmdist.run(faults.images(tmp_path), tmp_path / "run", SETTINGS, "ray", two)
     assert (names / "1").read_text() == "scan image0 [4, 8)"
-    assert pipeline._describe_merge(64, plan.Piece(2, 0, 0, 0, 0)) == "merge range 3/64"
+    assert (
+        pipeline._describe_merge(64, stages.Merge(plan.Piece(2, 0, 0, 0, 0), np.zeros(0), np.zeros(0)))
+        == "merge range 3/64"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces take root: run the tests as root")
