@@ -58,7 +58,7 @@ def drive(raylets: int, tasks: int) -> None:
             used[line.split(":")[0]] = usage.ru_utime + usage.ru_stime
 
     with tempfile.TemporaryDirectory() as scratch:
-        settings = Settings(shard_pages=1, ranges=1, task_memory=64 << 20)
+        settings = Settings(shard_pages=1, ranges=1, task_memory=256 << 20)
         pipeline.run(["made-up"], Path(scratch) / "run", settings, "ray", cluster.address, Watch())
     print(used["scan"] - used["start"])
     ray.shutdown()

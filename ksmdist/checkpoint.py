@@ -16,14 +16,17 @@ bytes. Tasks and driver see the directory under one path, on a file system that 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 import numpy as np
@@ -39,8 +42,10 @@ __all__ = [
     "Results",
     "Written",
     "check_free",
+    "compact",
     "content_file",
     "drop_content",
+    "is_complete",
     "read_mark",
     "read_range",
     "unfinished",
@@ -48,6 +53,7 @@ __all__ = [
 ]
 
 _PLAN_VERSION = 1
+_OURS = ("lock", "plan.json", "work", "stable_tree", "metrics.prom")  # and tables, .parquet
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +142,11 @@ class Results:
 
 def read_range(
     directory: Path, results: Sequence[tuple[int, int]], start: np.ndarray, end: np.ndarray
-) -> list[pa.Table]:
+) -> Iterator[pa.Table]:
     """The `shard_content` rows between two of Written.offsets, of each result (level, number) that has any, in order.
 
     Files are opened one after the other, and only these bytes of each are read. Raises RunDirectoryError.
     """
-    tables = []
     for result, first, last in zip(results, start.tolist(), end.tolist(), strict=True):
         path, fd = _opened(directory, result)
         try:
@@ -149,8 +154,13 @@ def read_range(
         finally:
             os.close(fd)
         if len(table):
-            tables.append(table)
-    return tables
+            yield table
+
+
+def compact(table: pa.Table) -> pa.Table:
+    """A copy of a slice that does not hold on to what it is a slice of."""
+    batches = [pa.ipc.read_record_batch(pa.ipc.read_message(b.serialize()), b.schema) for b in table.to_batches()]
+    return pa.Table.from_batches(batches, table.schema)
 
 
 def _opened(directory: Path, result: tuple[int, int]) -> tuple[Path, int]:
@@ -202,10 +212,11 @@ def _unwritable(path: Path, directory: Path, error: OSError) -> RunDirectoryErro
             str(directory),
             "choose a run directory on a file system that all nodes have under this path",
         )
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return RunDirectoryError(
         f"cannot be written: {os.strerror(error.errno) if error.errno else error}",
         str(path),
-        "free some space",
+        "free some space" if full else f"see why node {socket.gethostname()} may not write there",
     )
 
 
@@ -220,6 +231,7 @@ class Checkpoint:
         self.directory = directory
         self.plan = plan
         self._lock = lock
+        self._placed = False
 
     @classmethod
     def begin(cls, path: Path, plan: Mapping[str, Any]) -> Checkpoint:
@@ -233,30 +245,21 @@ class Checkpoint:
         wanted = {"plan_version": _PLAN_VERSION, **json.loads(json.dumps(plan))}
         try:
             directory.mkdir(mode=0o700, exist_ok=True)
-            lock = _locked(path, directory)
+            lock = _taken(path, directory)
         except OSError as error:
             raise RunDirectoryError(
-                f"cannot be made: {os.strerror(error.errno or 0)}", str(path), "choose another directory with -o"
+                f"cannot be made: {os.strerror(error.errno or 0)}", str(directory), "choose another directory with -o"
             ) from None
         self = cls(path, directory, lock, wanted)
         try:
-            if self.complete:
-                raise RunDirectoryError(
-                    "a finished run that has not got its name yet is here",
-                    str(directory),
-                    f"put it in place with ksmdist run --resume {path}, or remove it",
-                )
-            there = _read_plan(directory)
-            if there is not None and there != wanted:
-                done = self.finished()
-                if done:
-                    raise RunDirectoryError(
-                        f"an unfinished run of other images or settings is here, with {done} finished tasks",
-                        str(directory),
-                        f"finish it with ksmdist run --resume {path}, or remove it",
-                    )
-                there = None
-            if there is None:
+            there = self._agreed(wanted)
+        except BaseException:
+            if not self.complete and not self.finished():  # a directory that is not ours is left as it was
+                (directory / "lock").unlink(missing_ok=True)
+            os.close(lock)
+            raise
+        try:
+            if not there:
                 self._clear()
                 (directory / "work").mkdir(mode=0o700)
                 (directory / "stable_tree").mkdir(mode=0o700)
@@ -272,14 +275,49 @@ class Checkpoint:
             raise
         return self
 
+    def _agreed(self, wanted: Mapping[str, Any]) -> bool:
+        """Whether a run of this plan is here to go on with; raises RunDirectoryError where what is here must stay."""
+        if self.complete:
+            raise RunDirectoryError(
+                "a finished run that has not got its name yet is here",
+                str(self.directory),
+                f"put it in place with ksmdist run --resume {self.path}, or remove it",
+            )
+        foreign = sorted(
+            entry.name for entry in self.directory.iterdir() if not (entry.name in _OURS or entry.name[0] == ".")
+        )
+        foreign = [name for name in foreign if not name.endswith(".parquet")]
+        if foreign:
+            raise RunDirectoryError(
+                f"holds {foreign[0]}, which is not of an unfinished run",
+                str(self.directory),
+                "move it away, or choose another directory with -o",
+            )
+        there = _read_plan(self.directory)
+        done = self.finished()
+        if there != wanted and done:
+            what = "of other images or settings" if there is not None else "that this version cannot read"
+            raise RunDirectoryError(
+                f"an unfinished run {what} is here, with {done} finished tasks",
+                str(self.directory),
+                f"finish it with ksmdist run --resume {self.path}, or remove it",
+            )
+        return there == wanted
+
     @classmethod
     def resume(cls, path: Path) -> Checkpoint:
         """Take up the unfinished run that was to be at `path`; raises RunDirectoryError where there is none."""
         directory = _partial(path)
-        if not directory.is_dir():
-            done = "is finished" if (path / "run.json").is_file() else "is not there, finished or unfinished"
-            raise RunDirectoryError(done, str(path), "run the images with -o, or read the run that is there")
-        lock = _locked(path, directory)
+        try:
+            if not directory.is_dir():
+                done = "is finished" if (path / "run.json").is_file() else "is not there, finished or unfinished"
+                raise RunDirectoryError(done, str(path), "run the images with -o, or read the run that is there")
+            check_free(path)
+            lock = _taken(path, directory)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"cannot be taken up: {os.strerror(error.errno or 0)}", str(directory), "see whose it is"
+            ) from None
         if (directory / "run.json").is_file():  # it ended between the last write and the rename
             return cls(path, directory, lock, {})
         plan = _read_plan(directory)
@@ -293,7 +331,7 @@ class Checkpoint:
     @property
     def complete(self) -> bool:
         """Whether all is written, and only finish() is wanting."""
-        return (self.directory / "run.json").is_file()
+        return is_complete(self.path)
 
     def finished(self) -> int:
         """How many tasks of the map have a mark."""
@@ -302,23 +340,30 @@ class Checkpoint:
     def finish(self) -> None:
         """Give the run its name: from here on it is whole. Raises RunDirectoryError."""
         try:
-            shutil.rmtree(self.directory / "work", ignore_errors=True)
+            # Away first, so that a worker which a dead driver has left cannot write there any more.
+            gone = self.directory / f".work-{os.getpid()}"
+            with suppress(FileNotFoundError):
+                os.rename(self.directory / "work", gone)
             for left in (*self.directory.glob(".*"), *(self.directory / "stable_tree").glob(".*")):
-                left.unlink(missing_ok=True)  # of a worker that was killed while it wrote
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)  # of a worker that was killed while it wrote
             (self.directory / "plan.json").unlink(missing_ok=True)
-            (self.directory / "lock").unlink(missing_ok=True)
             os.rename(self.directory, self.path)
+            self._placed = True
+            (self.path / "lock").unlink(missing_ok=True)
         except OSError as error:
             raise RunDirectoryError(
                 f"cannot be put in place: {os.strerror(error.errno or 0)}",
                 str(self.path),
-                f"the finished run is {self.directory}",
+                f"the run is whole and is {self.directory}: rename it, or make room and ksmdist run --resume",
             ) from None
 
     def close(self) -> bool:
         """Let go of it; remove it where nothing in it is worth taking up. Returns whether it is kept."""
-        keep = self.complete or self.finished() > 0
-        if not keep:
+        keep = not self._placed and (self.complete or self.finished() > 0)
+        if not keep and not self._placed:
             shutil.rmtree(self.directory, ignore_errors=True)
         os.close(self._lock)
         return keep
@@ -333,13 +378,27 @@ class Checkpoint:
 
 def check_free(path: Path) -> None:
     """Raises RunDirectoryError if `path` exists and is not an empty directory, or cannot be made."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        holds = "already holds a run" if (path / "run.json").exists() else "exists and is not an empty directory"
-        raise RunDirectoryError(holds, str(path), "choose another directory with -o, or remove this one")
-    if not path.parent.is_dir():
+    try:
+        if path.is_symlink():
+            raise RunDirectoryError("is a symbolic link", str(path), "name the directory itself with -o")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            holds = "already holds a run" if (path / "run.json").exists() else "exists and is not an empty directory"
+            raise RunDirectoryError(holds, str(path), "choose another directory with -o, or remove this one")
+        if not path.name or path.is_mount():
+            raise RunDirectoryError("cannot be renamed to", str(path), "name a directory in it with -o")
+        if not path.parent.is_dir():
+            raise RunDirectoryError(
+                f"cannot be made: {path.parent} is no directory", str(path), "choose another directory with -o"
+            )
+    except OSError as error:
         raise RunDirectoryError(
-            f"cannot be made: {path.parent} is no directory", str(path), "choose another directory with -o"
-        )
+            f"cannot be made: {os.strerror(error.errno or 0)}", str(path), "choose another directory with -o"
+        ) from None
+
+
+def is_complete(path: Path) -> bool:
+    """Whether the run that was to be at `path` is all written, and only its name is wanting."""
+    return (_partial(path) / "run.json").is_file()
 
 
 def unfinished(path: Path) -> int:
@@ -351,16 +410,30 @@ def _partial(path: Path) -> Path:
     return path.parent / f"{path.name}.partial"
 
 
-def _locked(path: Path, directory: Path) -> int:
-    """A descriptor of the lock file, locked: the kernel lets go of it when the process ends, however it ends."""
-    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _taken(path: Path, directory: Path) -> int:
+    """A descriptor of the lock file, locked: the kernel lets go of it when the process ends, however it ends.
+
+    Raises OSError, and RunDirectoryError where another has it, or the directory is not this user's alone.
+    """
+    stat = os.lstat(directory)
+    if not S_ISDIR(stat.st_mode) or stat.st_uid != os.geteuid():
+        raise RunDirectoryError(
+            "is no directory of this user", str(directory), "remove it, or choose another directory with -o"
+        )
+    os.chmod(directory, 0o700)
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         holder = os.pread(lock, 256, 0).decode(errors="replace").strip()
         os.close(lock)
         raise RunDirectoryError(
             f"is being written by another ksmdist ({holder})", str(path), "wait for it, or choose another -o"
+        ) from None
+    except OSError as error:
+        os.close(lock)
+        raise RunDirectoryError(
+            f"is on a file system that has no locks: {os.strerror(error.errno or 0)}", str(path), "choose another -o"
         ) from None
     if not _same_file(lock, directory / "lock"):  # its holder has just ended, and taken the file away
         os.close(lock)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ksmdist import counters, images, pipeline, report, runs, schema, store, tables
-from ksmdist.checkpoint import unfinished
+from ksmdist.checkpoint import is_complete, unfinished
 from ksmdist.errors import EXIT_HOLES, EXIT_INTERRUPTED, KsmdistError, RunDirectoryError, SettingsError
 from ksmdist.explain import explain
 from ksmdist.settings import KERNELS, Settings
@@ -116,6 +116,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command("run")
 def run_command(
+    context: typer.Context,
     sources: _Sources = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="RUN", help="The run directory to write; required.")
@@ -155,9 +156,16 @@ def run_command(
 ) -> None:
     """Scan memory images, merge what they share, and count it as KSM would."""
     if resume is not None:
-        if sources or manifest or out is not None:
-            raise SettingsError("goes with no images and no -o: the run knows them", "--resume", "leave them out")
-        _show(resume, lambda bar: pipeline.resume(resume, engine, address, bar), as_json, quiet)
+        more = {"resume", "engine", "address", "task_memory", "as_json", "quiet"}
+        given = [name for name in context.params if name not in more and _is_given(context, name)]
+        if given:
+            raise SettingsError(
+                "goes with no images, no -o and no settings: the run has its own",
+                "--resume",
+                f"leave out {', '.join(given)}",
+            )
+        memory = None if task_memory is None else task_memory << 20
+        _show(resume, lambda bar: pipeline.resume(resume, engine, address, bar, memory), as_json, quiet)
         return
     if out is None:
         raise typer.BadParameter("Missing option '--out' / '-o': the run directory to write.")
@@ -190,6 +198,12 @@ def run_command(
     )
 
 
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option or argument is on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 @app.command("plan")
 def plan_command(
     sources: _Sources = None,
@@ -203,7 +217,8 @@ def plan_command(
     task_memory: _TaskMemory = None,
     fan_in: _FanIn = 1024,
     cpus: Annotated[
-        int | None, typer.Option("--cpus", metavar="N", help="Of a cluster that is to be. [default: what there is]")
+        int | None,
+        typer.Option("--cpus", metavar="N", min=1, help="Of a cluster that is to be. [default: what there is]"),
     ] = None,
     as_json: _Json = False,
 ) -> None:
@@ -551,7 +566,9 @@ def _show(out: Path, run: Callable[[pipeline.Progress | None], runs.Run], as_jso
         done = run(told)
     except KeyboardInterrupt:
         kept = unfinished(out)
-        said = f"{kept} finished tasks are kept: ksmdist run --resume {out}" if kept else "nothing was written"
+        said = "nothing was written"
+        if kept or is_complete(out):
+            said = f"{kept} finished tasks are kept: ksmdist run --resume {out}"
         print(f"ksmdist: interrupted; {said}", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     finally:
@@ -579,14 +596,29 @@ def _show(out: Path, run: Callable[[pipeline.Progress | None], runs.Run], as_jso
 def main() -> None:
     """The console script: run a command, render what it raises, end the process with its code."""
     code = 0
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: whoever closed it wants nothing
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         app()
     except KsmdistError as error:
         print(f"ksmdist: {error}", file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        if error.filename is not None:  # of a file, and not foreseen: a bug
+            raise
+        with suppress(OSError):
+            print(f"ksmdist: cannot write what was found: {os.strerror(error.errno or 0)}", file=sys.stderr)
+        code = 1
     except SystemExit as done:
         code = done.code if isinstance(done.code, int) else int(done.code is not None)
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except BrokenPipeError:  # nobody reads on
+        pass
+    except OSError as error:
+        with suppress(OSError):
+            os.write(2, f"ksmdist: cannot write what was found: {os.strerror(error.errno or 0)}\n".encode())
+        code = code or 1
     os._exit(code)  # taking Arrow and numpy apart takes 35 ms, and changes nothing

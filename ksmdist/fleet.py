@@ -23,7 +23,7 @@ from ksmdist.images.files import open_file
 from ksmdist.images.headers import KINDS_OF_IMAGES
 from ksmdist.images.uris import Uri, is_uri, local_path, parse_uri
 
-__all__ = ["KEYS", "RAW_ENDINGS", "Expanded", "Source", "expand", "parse", "read_manifest"]
+__all__ = ["KEYS", "RAW_ENDINGS", "Expanded", "Source", "absolute", "expand", "parse", "read_manifest"]
 
 KEYS = ("image", "uri", "host", "tenant", "kind", "pass")
 """Keys of a manifest's entry, columns of a manifest in Parquet."""
@@ -75,6 +75,14 @@ def parse(text: str) -> Source:
     if uri.scheme == "node":
         return Source(f"/{uri.path}", node=uri.authority, host=uri.authority)
     return Source(local_path(text) or text)
+
+
+def absolute(source: Source) -> Source:
+    """The source with its path from the root: a worker's directory is another, as is that of who takes a run up."""
+    if source.node or is_uri(source.uri):
+        return source
+    path = os.path.abspath(source.uri)
+    return replace(source, uri=os.path.join(path, "") if source.uri.endswith("/") else path)
 
 
 def read_manifest(path: str) -> list[Source]:

@@ -108,7 +108,7 @@ def run(
     clock = _Clock()
     settings = settings or Settings()
     progress = progress or NoProgress()
-    checkpoint.check_free(Path(out))
+    checkpoint.check_free(_absolute(out))
     with _opened(paths, manifest, settings, engine, address, progress, strict) as looked:
         opened, left_out, choice, runner = looked
         machines = runner.machines()
@@ -119,7 +119,7 @@ def run(
             "images": [image.as_json() for image in opened],
             "left_out": [list(pair) for pair in left_out],
         }
-        return _run(Checkpoint.begin(Path(out), described), runner, choice, progress, clock)
+        return _run(Checkpoint.begin(_absolute(out), described), Path(out), runner, choice, progress, clock)
 
 
 def resume(
@@ -127,19 +127,22 @@ def resume(
     engine: str = "auto",
     address: str | None = None,
     progress: Progress | None = None,
+    task_memory: int | None = None,
 ) -> Run:
     """Take up the unfinished run that was to be at `out`: tasks that are finished are not done again.
 
-    Raises KsmdistError, as run() does.
+    task_memory: for merges on other machines than those it was begun on, bytes. Raises KsmdistError, as run() does.
     """
     clock = _Clock()
     progress = progress or NoProgress()
-    held = Checkpoint.resume(Path(out))
+    held = Checkpoint.resume(_absolute(out))
     if held.complete:
         held.finish()
         held.close()
         return runs.load(out)
     settings, opened, _ = _planned(held)
+    if task_memory is not None:
+        held.plan["settings"] = replace(settings, task_memory=task_memory).as_dict()
     try:
         nbytes = sum(image.info.pages for image in opened) * settings.page_size
         choice = engines.choose(engine, address, nbytes)
@@ -149,7 +152,7 @@ def resume(
         held.close()
         raise
     try:
-        return _run(held, runner, choice, progress, clock)
+        return _run(held, Path(out), runner, choice, progress, clock)
     finally:
         runner.close()
 
@@ -214,6 +217,7 @@ def _opened(
     sources = [fleet.parse(os.fspath(path)) for path in paths]
     if manifest is not None:
         sources += fleet.read_manifest(manifest)
+    sources = list(map(fleet.absolute, sources))
     if not sources:
         raise SettingsError("no image was given", "IMAGE", "name one or more memory images, or a manifest")
     choice = engines.choose(engine, address, 0)
@@ -246,7 +250,12 @@ def _look(
             missing[0].uri,
             "start Ray there, with the label ksmdist-host=NAME where it goes by another name, or leave --strict out",
         )
-    there = sorted((source for source in sources if source not in set(missing)), key=lambda source: source.node)
+    later = next((source for source in sources if (source.pass_number or 1) > 1), None)
+    if later is not None:
+        raise SettingsError("passes of an image are not compared yet", str(later), "give the first pass alone")
+    there = sorted(
+        (source for source in sources if not source.node or source.node in nodes), key=lambda source: source.node
+    )
     tasks: list[tuple[Source, ...]] = []
     for source in there:
         if tasks and tasks[-1][0].node == source.node and len(tasks[-1]) < _SOURCES_A_TASK:
@@ -324,21 +333,22 @@ def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, 
         ) from None
 
 
-def _run(held: Checkpoint, runner: Engine, choice: engines.Choice, progress: Progress, clock: _Clock) -> Run:
+def _run(held: Checkpoint, out: Path, runner: Engine, choice: engines.Choice, progress: Progress, clock: _Clock) -> Run:
     """All that follows the plan; on failure what is finished is kept, and the error says so."""
     settings, opened, left_out = _planned(held)
     planned = plan.plan([image.info.pages for image in opened], [image.node for image in opened], settings)
     try:
-        done = _flow(held, planned, opened, left_out, runner, choice, progress, clock)
+        done = _flow(held, out, planned, opened, left_out, runner, choice, progress, clock)
         held.finish()
     except BaseException as error:
-        finished = held.finished()
-        if held.close() and isinstance(error, KsmdistError):
+        finished, complete = held.finished(), held.complete
+        if held.close() and isinstance(error, KsmdistError) and not complete:
+            cluster = f" --address {choice.address}" if choice.address else ""
             raise type(error)(
                 error.what,
                 error.where,
                 f"{error.hint}; {finished} of {len(planned.tasks)} tasks are done and kept: "
-                f"ksmdist run --resume {held.path}",
+                f"ksmdist run --resume {out}{cluster}",
             ) from None
         raise
     held.close()
@@ -347,6 +357,7 @@ def _run(held: Checkpoint, runner: Engine, choice: engines.Choice, progress: Pro
 
 def _flow(
     held: Checkpoint,
+    out: Path,
     planned: Plan,
     opened: Sequence[Opened],
     left_out: Sequence[tuple[str, str]],
@@ -388,6 +399,7 @@ def _flow(
         )
         for task in planned.tasks
     ]
+    _need_nodes(runner, tasks, directory)
     runner.run(
         Stage(
             "scan", scan, _describe_scan, functools.partial(_node_of, directory), _figures, planned.scan_memory, False
@@ -471,7 +483,7 @@ def _flow(
         "zero_colors": tables[ZERO_COLORS.name].to_pylist(),
         "engine": choice.name,
         "engine_why": choice.why,
-        "run": os.fspath(held.path),
+        "run": os.fspath(out),
     }
     summary["holes"] |= {"images": missing}
     caveats = [f"{image.image_id}: {caveat}" for image in opened for caveat in image.info.caveats]
@@ -498,7 +510,7 @@ def _flow(
         },
         directory,
     )
-    return Run(held.path, summary, settings, sharing, tables[REGIONS.name], tables[KSM_STAT.name], tuple(caveats))
+    return Run(out, summary, settings, sharing, tables[REGIONS.name], tables[KSM_STAT.name], tuple(caveats))
 
 
 class _Written:
@@ -520,10 +532,30 @@ class _Written:
         return int(self.rows.sum())
 
 
+def _absolute(out: str | os.PathLike[str]) -> Path:
+    """The run directory, whatever `.` and `..` are in its name; a symbolic link stays one, and is refused."""
+    path = os.path.abspath(out)
+    return Path(path if os.path.islink(path) else os.path.realpath(path))
+
+
 def _node_of(directory: Path, scan: stages.Scan) -> str:
-    """The node that must scan it: any, where that is done and only its mark has to be read."""
-    done = checkpoint.content_file(directory, 0, scan.task.number).with_suffix(".json")
-    return "" if scan.task.node and done.exists() else scan.task.node
+    """The node that must scan it: any, where that is done, and well, and only its mark has to be read."""
+    if not scan.task.node or not stages.is_scanned(directory, scan):
+        return scan.task.node
+    return ""
+
+
+def _need_nodes(runner: Engine, tasks: Sequence[stages.Scan], directory: Path) -> None:
+    """Raises EngineError where a node that must scan something is not there."""
+    wanted = {scan.task.node for scan in tasks if scan.task.node}
+    missing = wanted - runner.machines().nodes if wanted else set()
+    for scan in tasks:
+        if scan.task.node in missing and _node_of(directory, scan):
+            raise EngineError(
+                "has images of this run, and is not in the cluster",
+                f"node {scan.task.node}",
+                "start Ray there, and give the cluster with --address",
+            )
 
 
 def _describe_scan(scan: stages.Scan) -> str:

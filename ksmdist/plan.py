@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from ksmdist.errors import SettingsError
 from ksmdist.settings import LEAST_TASK_MEMORY, Settings
 from ksmdist.shards import Shard, default_ranges, default_shard_pages, pack_shards, plan_shards
 
@@ -185,8 +186,14 @@ def fill(settings: Settings, total_pages: int, memory_a_cpu: int) -> Settings:
     memory = settings.task_memory
     if memory is None:
         memory = min(MOST_TASK_MEMORY, max(LEAST_TASK_MEMORY, 1 << max(0, (memory_a_cpu // 2).bit_length() - 1)))
-    most_pages = 1 << ((memory // SCAN_BYTES).bit_length() - 1)
-    shard_pages = settings.shard_pages or default_shard_pages(total_pages, most_pages)
+    most_pages = (memory - BATCH_MEMORY) // SCAN_BYTES
+    if settings.shard_pages is not None and settings.shard_pages > most_pages:
+        raise SettingsError(
+            f"{settings.shard_pages} pages take more than the {memory >> 20} MiB of a task",
+            "shard_pages",
+            f"use {most_pages} or less, or set a larger task_memory",
+        )
+    shard_pages = settings.shard_pages or default_shard_pages(total_pages, 1 << (most_pages.bit_length() - 1))
     enough = max(1, -(-total_pages // share(memory)))
     ranges = settings.ranges or max(default_ranges(total_pages), min(1 << 16, 1 << (enough - 1).bit_length()))
     return replace(settings, task_memory=memory, shard_pages=shard_pages, ranges=ranges)
@@ -195,7 +202,7 @@ def fill(settings: Settings, total_pages: int, memory_a_cpu: int) -> Settings:
 def plan(pages: Sequence[int], nodes: Sequence[str], settings: Settings) -> Plan:
     """Cut images of these many pages, on these nodes ("" for all), into tasks. settings: as fill() gives them."""
     assert settings.shard_pages is not None
-    shards = plan_shards(pages, settings.shard_pages)
+    shards = sorted(plan_shards(pages, settings.shard_pages), key=lambda shard: nodes[shard.image])
     tasks: list[Task] = []
     for node, of_node in itertools.groupby(shards, lambda shard: nodes[shard.image]):
         for group in pack_shards(list(of_node), settings.shard_pages):

@@ -19,8 +19,8 @@ PAGE_SIZES = tuple(1 << shift for shift in range(12, 19))
 """Page sizes Linux is built with: 4 KiB to 256 KiB, in bytes (arch/*/Kconfig, PAGE_SIZE_*)."""
 
 
-LEAST_TASK_MEMORY = 64 << 20
-"""Bytes: a batch of pages alone takes this much."""
+LEAST_TASK_MEMORY = 256 << 20
+"""Bytes: reading a batch of pages alone takes half of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Settings:
     format:               force this image format for all images; None detects by magic
     shard_pages:          pages in a shard; None lets the size of the input decide
     ranges:               digest ranges, a power of two; None lets the size of the input decide
-    task_memory:          bytes one task may take, 64 MiB or more; None lets the machines decide. A range
+    task_memory:          bytes one task may take, 256 MiB or more; None lets the machines decide. A range
                           that would take more is split
     fan_in:               most files of scan results that a merge reads; where there are more, they are
                           combined first. 2 or more
@@ -100,7 +100,9 @@ class Settings:
         if self.ranges is not None and not (1 <= self.ranges <= 1 << 16 and self.ranges.bit_count() == 1):
             raise SettingsError(f"{self.ranges} is no power of two up to 65536", "ranges", "use 1, 2, 4, 8 and so on")
         if self.task_memory is not None and self.task_memory < LEAST_TASK_MEMORY:
-            raise SettingsError(f"{self.task_memory} bytes are too few for a task", "task_memory", "use 64 MiB or more")
+            raise SettingsError(
+                f"{self.task_memory >> 20} MiB are too few for a task", "task_memory", "use 256 MiB or more"
+            )
         if self.fan_in < 2:
             raise SettingsError(f"{self.fan_in} is no number of files to combine", "fan_in", "use 2 or more")
 

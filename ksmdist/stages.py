@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from ksmdist.checkpoint import Written
 from ksmdist.errors import ImageError, RunDirectoryError
 from ksmdist.fleet import Source
 from ksmdist.images import Hole, ImageInfo, stores
+from ksmdist.images.files import check_unchanged
 from ksmdist.images.uris import is_uri
 from ksmdist.plan import Combination, Piece, Task
 from ksmdist.scanned import Mapped, Opened, Scanned
@@ -28,7 +30,7 @@ from ksmdist.settings import Settings
 from ksmdist.tables import STABLE_TREE
 from ksmdist.totals import Merged, pack
 
-__all__ = ["Found", "Merge", "Result", "Scan", "combine", "merge", "open_sources", "read_shards", "scan"]
+__all__ = ["Found", "Merge", "Result", "Scan", "combine", "is_scanned", "merge", "open_sources", "read_shards", "scan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,7 @@ Reader = Callable[[Sequence[str], Settings, Scan], tuple[Mapped, pa.Table]]
 def scan(directory: Path, region_names: Sequence[str], settings: Settings, read: Reader, scan: Scan) -> Result:
     """Read, hash, classify and combine the pages of some shards, and write what they hold: the map."""
     number = scan.task.number
-    superseded = any(checkpoint.content_file(directory, *result).exists() for result in scan.ancestors)
-    mark = checkpoint.read_mark(directory, 0, number, superseded)
+    mark = _mark(directory, scan)
     if mark is not None:
         infos = {n: image.info for n, image in scan.images.items()}
         return Result(Mapped.from_json(mark[1], infos, settings), mark[0], True)
@@ -117,6 +118,16 @@ def scan(directory: Path, region_names: Sequence[str], settings: Settings, read:
         mapped, content = read(region_names, settings, scan)
     parts = tree.split(content, settings.ranges)
     return Result(mapped, checkpoint.write_content(parts, directory, 0, number, mapped.as_json()))
+
+
+def is_scanned(directory: Path, scan: Scan) -> bool:
+    """Whether the task is done, and its result whole or part of a combination."""
+    return _mark(directory, scan) is not None
+
+
+def _mark(directory: Path, scan: Scan) -> tuple[Written, Any] | None:
+    superseded = any(checkpoint.content_file(directory, *result).exists() for result in scan.ancestors)
+    return checkpoint.read_mark(directory, 0, scan.task.number, superseded)
 
 
 def read_shards(region_names: Sequence[str], settings: Settings, scan: Scan) -> tuple[Mapped, pa.Table]:
@@ -137,6 +148,7 @@ def read_shards(region_names: Sequence[str], settings: Settings, scan: Scan) -> 
             classified = classes.classify(page, shard.image, settings, regions)
             scanned.add(classified)
             content.append(classified.content)
+        check_unchanged(info.path, info.fingerprint)
     return Mapped(found, holes, scan.task.pages), classes.combine(content)
 
 
@@ -196,10 +208,9 @@ def merge(
 ) -> Merged:
     """Merge one piece of the digests and write its part of the stable tree: the reduce."""
     piece = task.piece
-    tables = [
-        tree.narrow(table, ranges, piece.range, piece.bits, piece.index)
-        for table in checkpoint.read_range(directory, results, task.start, task.end)
-    ]
+    tables = []
+    for table in checkpoint.read_range(directory, results, task.start, task.end):
+        tables.append(table if piece.bits == 0 else checkpoint.compact(tree.narrow(table, ranges, piece)))
     rows = sum(map(len, tables))
     merged = tree.merge(tables, image_ids, hosts)
     store.write_table(merged.stable, STABLE_TREE, directory, piece.number)

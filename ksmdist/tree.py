@@ -16,6 +16,7 @@ from ksmdist.classes import combine, digest_words
 from ksmdist.columns import arrow, joined, present, strings, values
 from ksmdist.groups import count_rows, group_any, group_min, group_starts, group_sum
 from ksmdist.mappings import Patterns, find_patterns, shared_frames
+from ksmdist.plan import Piece
 from ksmdist.tables import KINDS, STABLE_TREE
 
 __all__ = ["ALL_NODES", "RangeTree", "add_rows", "merge", "narrow", "split"]
@@ -67,8 +68,9 @@ def split(content: pa.Table, ranges: int) -> list[pa.Table]:
     return [content.slice(start, end - start) for start, end in itertools.pairwise(cuts)]
 
 
-def narrow(content: pa.Table, ranges: int, number: int, bits: int, index: int) -> pa.Table:
-    """The rows of a range's sorted table whose digests go on with these `bits` bits: part `index` of 2**bits."""
+def narrow(content: pa.Table, ranges: int, piece: Piece) -> pa.Table:
+    """The rows of a range's sorted table that are of this piece of it."""
+    number, bits, index = piece.range, piece.bits, piece.index
     if bits == 0 or len(content) == 0:
         return content
     high, _ = digest_words(joined([content], "digest"))

@@ -206,17 +206,20 @@ def test_a_killed_node(tmp_path: Path, unharmed: dict[str, bytes], monkeypatch: 
     monkeypatch.setattr(stages, "read_shards", faults.reader(faults.once(flag, 2, linger)))
     with clusters.raylets(["blue", "green"]) as (address, _, nodes):
         by_id = {node.unique_id: node for node in nodes.values()}
+        killed: list[Any] = []
 
         def killer() -> None:
             faults.wait_for(flag.exists, 90)
-            held = [node for node in by_id.values() if _runs_task(node)]
-            for node in held[:1]:
-                clusters.kill(node)
+            for node in by_id.values():
+                if _runs_task(node):
+                    killed.append(node)
+                    clusters.kill(node)
 
         killing = threading.Thread(target=killer)
         killing.start()
         run = ksmdist.run(made, tmp_path / "run", SETTINGS, "ray", address)
         killing.join()
+    assert len(killed) == 1
     assert table_files(run.path) == unharmed
 
 
@@ -244,6 +247,10 @@ def test_a_host_that_dies_with_its_images(
         with pytest.raises(EngineError, match=r"node green: has left the cluster.* of 8 tasks are done and kept: ksm"):
             ksmdist.run(sources, tmp_path / "run", SETTINGS, "ray", address)
         killing.join()
+        with pytest.raises(EngineError, match="node green: has images of this run, and is not in the cluster"):
+            pipeline.resume(tmp_path / "run", "inline")
+        for result in list((tmp_path / "run.partial" / "work").glob("0-00004.arrow")):
+            result.write_bytes(b"")  # one of green's: damaged, it must be scanned there again
         clusters.add(cluster, "green")
         log = tmp_path / "log"
         log.mkdir()
@@ -280,9 +287,11 @@ pipeline.run(sys.argv[2:], sys.argv[1], Settings(shard_pages=4, ranges=4), "ray"
     assert killed.returncode == -9, said
     log = tmp_path / "log"
     log.mkdir()
+    marks = {int(path.stem[2:]) for path in (tmp_path / "run.partial" / "work").glob("0-*.json")}
+    assert len(marks) >= 4
     monkeypatch.setattr(stages, "read_shards", _noting(log))
     run = pipeline.resume(tmp_path / "run", "ray", two)
-    assert len(list(log.iterdir())) <= 5
+    assert {int(path.name) for path in log.iterdir()} & marks == set()
     assert table_files(run.path) == unharmed
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 import ksmdist
 from ksmdist import checkpoint, pipeline, plan, stages
 from ksmdist.checkpoint import Checkpoint
-from ksmdist.errors import RunDirectoryError, SettingsError
+from ksmdist.errors import ImageError, RunDirectoryError, SettingsError
 from ksmdist.settings import Settings
 from ksmdist.store import read_table
 from ksmdist.tables import STABLE_TREE, TABLES
@@ -229,9 +230,9 @@ def test_what_cannot_be_resumed_says_so(tmp_path: Path) -> None:
     ksmdist.run([image], tmp_path / "run", engine="inline")
     with pytest.raises(RunDirectoryError, match="is finished"):
         pipeline.resume(tmp_path / "run")
-    for arguments in ([image], ["-o", "other"], ["--manifest", "fleet.yaml"]):
+    for arguments in ([image], ["-o", "other"], ["--manifest", "fleet.yaml"], ["--use-zero-pages"], ["--fan-in", "9"]):
         done = faults.driver("cli.main()", "run", "--resume", tmp_path / "run", *arguments)
-        assert "goes with no images and no -o" in done.communicate(timeout=60)[1]
+        assert "goes with no images, no -o and no settings" in done.communicate(timeout=60)[1]
         assert done.returncode == 2
 
 
@@ -254,6 +255,98 @@ def test_an_early_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(RunDirectoryError):
         ksmdist.run(made, tmp_path / "run", faults.SETTINGS, "inline")
     assert _left(tmp_path) == ["image0.raw", "image1.raw"]
+
+
+def test_what_is_no_unfinished_run_stays(tmp_path: Path) -> None:
+    (image,) = faults.images(tmp_path, 1)
+    foreign = tmp_path / "run.partial"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("precious")
+    with pytest.raises(RunDirectoryError, match=r"holds thesis\.txt, which is not of an unfinished run"):
+        ksmdist.run([image], tmp_path / "run", engine="inline")
+    (foreign / "thesis.txt").rename(tmp_path / "kept")
+    foreign.rmdir()
+    foreign.symlink_to(tmp_path)
+    with pytest.raises(RunDirectoryError, match="is no directory of this user"):
+        ksmdist.run([image], tmp_path / "run", engine="inline")
+    foreign.unlink()
+    foreign.touch()
+    with pytest.raises(RunDirectoryError, match=r"run\.partial: cannot be made: File exists"):
+        ksmdist.run([image], tmp_path / "run", engine="inline")
+    foreign.unlink()
+    foreign.mkdir(mode=0o777)
+    run = ksmdist.run([image], tmp_path / "run", engine="inline")
+    assert run.path.stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "kept").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a directory away takes root: run the tests as root")
+def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    (image,) = faults.images(tmp_path, 1)
+    (tmp_path / "run.partial").mkdir()
+    os.chown(tmp_path / "run.partial", 65534, 65534)
+    with pytest.raises(RunDirectoryError, match="is no directory of this user"):
+        ksmdist.run([image], tmp_path / "run", engine="inline")
+
+
+def test_targets_that_no_run_can_be_renamed_to(tmp_path: Path, small_disk: Path) -> None:
+    (image,) = faults.images(tmp_path, 1)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for out, why in (
+        (tmp_path / "link", "is a symbolic link"),
+        (small_disk, "cannot be renamed to"),
+        (Path("/"), "is not an empty directory"),
+        (tmp_path / ("x" * 300), "cannot be made: File name too long"),
+    ):
+        with pytest.raises(RunDirectoryError, match=why):
+            ksmdist.run([image], out, engine="inline")
+        if out != Path("/"):
+            with pytest.raises(RunDirectoryError):
+                pipeline.resume(out, "inline")
+
+
+def test_paths_are_those_of_the_command_not_of_who_takes_it_up(
+    tmp_path: Path, unharmed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = faults.images(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    faults.driver(DIES, "run", *(path.name for path in made)).communicate(timeout=60)
+    monkeypatch.chdir("/")
+    assert table_files(pipeline.resume(tmp_path / "run", "inline").path) == unharmed
+
+
+def test_an_image_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = faults.images(tmp_path)
+
+    def rewrite(scan: stages.Scan) -> None:
+        if scan.task.number == 2:
+            made[0].write_bytes(b"".join(page(n) for n in range(16)))
+
+    monkeypatch.setattr(stages, "read_shards", faults.reader(rewrite))
+    with pytest.raises(ImageError, match=r"image0\.raw: changed while it was scanned"):
+        ksmdist.run(made, tmp_path / "run", faults.SETTINGS, "inline")
+
+
+def test_a_full_output_is_no_traceback(tmp_path: Path) -> None:
+    (image,) = faults.images(tmp_path, 1)
+    for number, redirect in enumerate((">/dev/full", "--json >/dev/full", "2>/dev/full", ">&-")):
+        command = f"{sys.executable} -m ksmdist run {image} -o {tmp_path / f'run{number}'} --engine inline {redirect}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+        assert "Traceback" not in done.stderr, redirect
+        assert done.returncode == (0 if redirect in ("2>/dev/full", ">&-") else 1), redirect
+        assert (tmp_path / f"run{number}" / "run.json").exists(), redirect
+
+
+def test_shards_are_no_larger_than_a_task_may_be() -> None:
+    with pytest.raises(SettingsError, match="take more than the 256 MiB of a task"):
+        plan.fill(Settings(shard_pages=1 << 20, task_memory=256 << 20), 1 << 28, 1 << 30)
+
+
+def test_a_fleet_in_any_order_is_as_many_tasks() -> None:
+    nodes = [f"host{number % 10}" for number in range(1000)]
+    planned = plan.plan([1024] * 1000, nodes, plan.fill(Settings(shard_pages=1 << 14), 1 << 20, 2 << 30))
+    assert len(planned.tasks) == 10 * -(-100 * 1024 // (1 << 14))
+    assert {nodes[shard.image] for task in planned.tasks for shard in task.shards if task.node == "host3"} == {"host3"}
 
 
 @given(
@@ -348,7 +441,7 @@ def test_settings_of_the_plan_are_checked() -> None:
 
 def test_plans_follow_the_machines_memory() -> None:
     small, usual, large = (plan.fill(Settings(), 1 << 28, gib << 30) for gib in (0, 2, 64))
-    assert (small.task_memory, usual.task_memory, large.task_memory) == (64 << 20, 1 << 30, 1 << 30)
+    assert (small.task_memory, usual.task_memory, large.task_memory) == (256 << 20, 1 << 30, 1 << 30)
     assert usual == large
     assert small.ranges is not None
     assert usual.ranges is not None
@@ -358,7 +451,7 @@ def test_plans_follow_the_machines_memory() -> None:
         assert filled.ranges is not None
         assert filled.shard_pages is not None
         assert (1 << 28) / filled.ranges <= plan.share(filled.task_memory)
-        assert filled.shard_pages * plan.SCAN_BYTES <= filled.task_memory
+        assert filled.shard_pages * plan.SCAN_BYTES + plan.BATCH_MEMORY <= filled.task_memory
 
 
 def test_plan_prints_what_a_run_would_do(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from ray.util.metrics import Counter, Histogram
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ksmdist.engines.base import Machines, Result, Stage, Task
-from ksmdist.errors import EngineError, KsmdistError, SettingsError
+from ksmdist.errors import EngineError, KsmdistError
+from ksmdist.version import __version__
 
 __all__ = ["HOST_LABEL", "RayEngine"]
 
@@ -121,8 +122,8 @@ class RayEngine:
             cause = error.cause
             if isinstance(cause, KsmdistError):
                 raise cause from None
-            if isinstance(cause, RayError):
-                raise _lost(cause, stage.name) from None
+            if isinstance(cause, RayError) or "No module named 'ksmdist" in str(error):
+                raise _lost(error if cause is None else cause, stage.name) from None
             raise
         except RayError as error:
             raise _lost(error, stage.name) from None
@@ -132,11 +133,13 @@ class RayEngine:
         ray.shutdown()
 
 
-def _lost(error: RayError, stage: str) -> EngineError:
+def _lost(error: BaseException, stage: str) -> EngineError:
     hint = "see that the cluster is well, or use --engine inline"
     if isinstance(error, OwnerDiedError):  # what a worker says whose calls the driver refuses, too
         mode = os.environ.get("RAY_AUTH_MODE", "unset")
         hint = f"see that RAY_AUTH_MODE, {mode} here, is the cluster's, and that its nodes reach the driver"
+    if "No module named 'ksmdist" in str(error):
+        hint = f"install ksmdist {__version__} on every node"
     said = (str(error) or type(error).__name__).splitlines()[0]
     return EngineError(f"Ray lost the work: {type(error).__name__}: {said}", f"stage {stage}", hint)
 
@@ -156,6 +159,7 @@ class _Flight:
         self._lost: dict[int, int] = {}
         self._looked = -_LOOK_S
         self._worked = time.monotonic()
+        self._warned = False
         self._most = 2
 
     def run(self, on_done: Callable[[int, Any], None]) -> None:
@@ -191,6 +195,9 @@ class _Flight:
                 self._worked = self._looked
                 slots += min(cpus, available // memory) if memory else cpus
                 largest = max(largest, available)
+        if largest == 0 and not self._warned:
+            self._warned = True
+            logging.getLogger("ksmdist").warning("ksmdist: the cluster has no node with a CPU: waiting for one")
         if self._looked - self._worked > _WORKERS_PATIENCE_S:
             raise EngineError(
                 f"has had no node with a CPU for {_WORKERS_PATIENCE_S / 60:.0f} minutes",
@@ -198,11 +205,12 @@ class _Flight:
                 "add nodes that compute, or see why the autoscaler starts none",
             )
         if memory > largest > 0:
-            raise SettingsError(
-                f"no node has the {memory >> 20} MiB that a {self._stage.name} task may take: the largest has "
+            raise EngineError(
+                f"has no node with the {memory >> 20} MiB that a {self._stage.name} task may take: the largest gives "
                 f"{largest >> 20} MiB",
-                "task_memory",
-                "set a smaller one, or add larger nodes",
+                "the cluster",
+                "add larger nodes, or set a smaller task_memory"
+                + (" and shard_pages" if self._stage.name == "scan" else ""),
             )
         self._most = max(2, slots * _TASKS_A_SLOT)
 
@@ -216,14 +224,18 @@ class _Flight:
 
     def _node_id(self, name: str) -> str:
         until = time.monotonic() + _NODE_PATIENCE_S
-        while name not in (there := _names(_alive())):
+        while name not in (there := _names(nodes := _alive())):
             if time.monotonic() > until:
-                raise EngineError(
-                    "has left the cluster, and images are on it alone",
-                    f"node {name}",
-                    "bring it back",
-                )
+                raise EngineError("has left the cluster, and images are on it alone", f"node {name}", "bring it back")
             time.sleep(0.5)
+        cpus, memory = next(_size(node) for node in nodes if node["NodeID"] == there[name])
+        if cpus < 1 or memory < self._stage.memory:
+            raise EngineError(
+                f"gives Ray {cpus} CPUs and {memory >> 20} MiB, and a {self._stage.name} task of its images takes "
+                f"1 and {self._stage.memory >> 20} MiB",
+                f"node {name}",
+                "give it more (ray start --num-cpus --memory), or set a smaller task_memory and shard_pages",
+            )
         return there[name]
 
     def _again(self, number: int, error: RayError) -> None:

@@ -9,11 +9,11 @@ from weakref import finalize
 
 import numpy as np
 
-from ksmdist.errors import ImageReadError, SettingsError
+from ksmdist.errors import ImageError, ImageReadError, SettingsError
 from ksmdist.images.stores import StoredFile
 from ksmdist.images.uris import is_uri, local_path, parse_uri
 
-__all__ = ["ImageFile", "LocalFile", "open_file"]
+__all__ = ["ImageFile", "LocalFile", "check_unchanged", "open_file"]
 
 
 class ImageFile(Protocol):
@@ -50,7 +50,7 @@ class LocalFile:
         stat = os.fstat(self.fd)
         self.path = path
         self.nbytes = stat.st_size
-        self.fingerprint = f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
+        self.fingerprint = _fingerprint(stat)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Bytes from `offset` on: `nbytes`, or as many as there are."""
@@ -80,6 +80,22 @@ class LocalFile:
     def close(self) -> None:
         """Let it go."""
         self._close()
+
+
+def _fingerprint(stat: os.stat_result) -> str:
+    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
+
+
+def check_unchanged(path: str, fingerprint: str) -> None:
+    """Raises ImageError if a local file is not what it was; stored ones are checked as they are read."""
+    if is_uri(path):
+        return
+    try:
+        now = _fingerprint(os.stat(path))
+    except OSError:
+        now = ""
+    if now != fingerprint:
+        raise ImageError("changed while it was scanned", path, "scan a copy, or stop what writes to it")
 
 
 def open_file(path: str) -> LocalFile | StoredFile:

@@ -18,8 +18,10 @@ STORES = ("s3", "gs", "abfss", "hdfs")
 """Schemes of object stores."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_QUERY = re.compile(r"\?([A-Za-z_]+=[^?&]*(?:&[A-Za-z_]+=[^?&]*)*)\Z")
-_SECRETS = re.compile(r"(secret|password|token|signature|credential|access_?key|account_?key|^sas|^sig$)", re.I)
+_QUERY = re.compile(r"\?([A-Za-z_][\w-]*=[^?&]*(?:&[A-Za-z_][\w-]*=[^?&]*)*)\Z")
+_SECRETS = re.compile(
+    r"(secret|password|token|signature|credential|[a-z_-]key|access_?key|account_?key|^sas|^sig$)", re.I
+)
 _QUERY_KEYS = {"s3": ("region", "endpoint_override", "scheme")}
 
 
@@ -66,7 +68,7 @@ def parse_uri(text: str) -> Uri:
         query = tuple((key, unquote(value)) for key, _, value in (p.partition("=") for p in asked[1].split("&")))
     authority, _, path = rest.partition("/")
     user, at, _ = authority.rpartition("@")
-    if ":" in user or (at and scheme == "s3") or any(_SECRETS.search(key) for key, _ in query):
+    if ":" in user or (at and scheme == "s3") or any(_SECRETS.search(key) or "@" in value for key, value in query):
         # The text itself is not shown: it would be in the log of the run.
         raise SettingsError(
             "has a password or key in it, which run.json and logs would keep",

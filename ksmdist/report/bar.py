@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class Log:
 
     def stage(self, line: str) -> None:
         """Say what is done."""
-        print(f"ksmdist: {line}", file=self._err, flush=True)
+        with suppress(OSError):  # a full disk under the log is no reason to end the run
+            print(f"ksmdist: {line}", file=self._err, flush=True)
 
     def close(self) -> None:
         """Nothing is held."""
