@@ -32,10 +32,11 @@ lint: setup     ## style, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup    ## whole processes beside their peers, rates, memory (10 minutes, 4 GiB of scratch)
+bench: setup    ## whole processes beside their peers, rates, scale (16 minutes, 15 GiB of scratch)
 	$(BIN)/python benchmarks/peers.py $(SCRATCH)
 	$(BIN)/python benchmarks/rates.py $(SCRATCH)
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scale.py $(SCRATCH)
+	$(BIN)/python benchmarks/coordinator.py
 	$(BIN)/python benchmarks/whatif.py $(SCRATCH)
 	$(BIN)/python benchmarks/capture.py
 

@@ -30,24 +30,27 @@ __all__ = [
     "share",
 ]
 
-MERGE_BYTES = 360
+MERGE_BYTES = 400
 """Peak bytes a row of `shard_content` costs the task that merges it (benchmarks/scale.py)."""
 
 SCAN_BYTES = 400
 """Peak bytes a page costs the task that scans it, besides the batch of pages (benchmarks/scale.py)."""
 
-ROW_BYTES = 48
+ROW_BYTES = 67
 """Bytes a row of `shard_content` takes on disk, uncompressed (benchmarks/scale.py)."""
 
 PROCESS_BYTES = 160 << 20
-"""A process with Python, numpy, Arrow and ksmdist in it, before it does anything (benchmarks/memory.py)."""
+"""A process with Python, numpy, Arrow and ksmdist in it, before it does anything (benchmarks/scale.py)."""
+
+MOST_IMAGE_BYTES = 2800 << 10
+"""What an image of 4 GiB that shares at random with 255 others costs the driver (benchmarks/scale.py)."""
 
 BATCH_MEMORY = 128 << 20
 """The batch of pages that a scan reads, mapped or in flight from an object store."""
 
 MOST_TASK_MEMORY = 1 << 30
 
-SCAN_S_PER_GIB, MERGE_S_PER_ROW = 0.17, 4.0e-7
+SCAN_S_PER_GIB, MERGE_S_PER_ROW = 0.18, 5.0e-7
 """Seconds of one CPU: to scan a GiB of cached pages, and to merge a row (benchmarks/rates.py, scale.py)."""
 
 
@@ -161,7 +164,9 @@ class Plan:
             rows=total,
             scan_bytes=PROCESS_BYTES + self.scan_memory,
             merge_bytes=PROCESS_BYTES + rows_a_piece * MERGE_BYTES,
-            driver_bytes=PROCESS_BYTES + len(self.tasks) * 1024 + len(pages) * 4096,
+            driver_bytes=PROCESS_BYTES
+            + len(self.tasks) * 1024
+            + sum(min(count * 200, MOST_IMAGE_BYTES) for count in pages) * (len(pages) > 1),
             work_bytes=work * (2 if combine_tasks else 1),
             read_bytes=read,
             network_bytes=read + (2 * rounds * work if cluster else 0),

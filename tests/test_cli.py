@@ -91,8 +91,16 @@ def test_holes_are_said_and_end_with_3(tmp_path: Path) -> None:
     (tmp_path / "core").write_bytes(elf_core([(0, page(1) + page(2), 2 * PAGE)])[:-PAGE])
     done = ksmdist("run", tmp_path / "core", "-o", tmp_path / "out")
     assert done.returncode == 3
+    assert done.stdout.splitlines()[0].endswith("INCOMPLETE: see below.")
     assert "INCOMPLETE: 1 pages in 1 ranges" in done.stdout
     assert "holes.parquet" in done.stderr
+
+
+def test_nothing_is_said_of_images_that_are_out_of_reach(tmp_path: Path) -> None:
+    done = ksmdist("run", "node://nowhere/x.raw", "-o", tmp_path / "out")
+    assert done.returncode == 3
+    assert done.stdout.startswith("No page could be read: nothing is known of these images. INCOMPLETE: see below.\n")
+    assert "node://nowhere/x.raw" in done.stderr
 
 
 def test_import_then_run(make_raw: MakeImage, tmp_path: Path) -> None:

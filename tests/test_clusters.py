@@ -274,8 +274,8 @@ inner = engine._Flight.run
 def run(self, on_done):
     def dying(number, result):
         on_done(number, result)
-        seen.append(number)
-        if self._stage.name == "scan" and len(seen) == 4:
+        seen.extend([number] * (self._stage.name == "scan"))
+        if len(seen) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
     inner(self, dying)
 engine._Flight.run = run

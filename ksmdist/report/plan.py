@@ -33,7 +33,7 @@ def render_plan(estimate: Estimate, settings: Settings, engine: str, out: TextIO
         ("on", f"{engine}, {estimate.cpus:,} CPUs"),
         ("memory of a scan", f"up to {format_bytes(estimate.scan_bytes)}"),
         ("memory of a merge", f"up to {format_bytes(estimate.merge_bytes)}"),
-        ("memory of the driver", f"about {format_bytes(estimate.driver_bytes)}, and what the images share"),
+        ("memory of the driver", f"about {format_bytes(estimate.driver_bytes)}, if all images share at random"),
         ("disk meanwhile", f"up to {format_bytes(estimate.work_bytes)}"),
         ("network", f"up to {network}" if estimate.network_bytes else "none"),
         ("time", f"about {_duration(estimate.seconds)}, if the images can be read as fast as they are hashed"),

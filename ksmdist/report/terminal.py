@@ -67,6 +67,8 @@ def headline(summary: Mapping[str, Any]) -> str:
     size = summary["settings"]["page_size"]
     total = pages["total"] * size
     merged = merges["zero"] + merges["content"]
+    if not total and (summary["holes"]["ranges"] or summary["holes"]["images"]):
+        return "No page could be read: nothing is known of these images."
     if pages["ineligible"] and pages["ineligible"] == pages["total"]:
         return (
             f"KSM would save nothing of these {format_bytes(total)}: no page is in a mapping marked mergeable; "
@@ -165,7 +167,8 @@ def render(
 
     to = console(out)
     pages, settings = summary["pages"], summary["settings"]
-    to.out(headline(summary))
+    incomplete = summary["holes"]["ranges"] or summary["holes"]["images"]
+    to.out(headline(summary) + (" INCOMPLETE: see below." if incomplete else ""))
     to.print()
     left = table("pages", header=False)
     left.add_column()
