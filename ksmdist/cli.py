@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -231,11 +231,28 @@ def plan_command(
         task_memory=None if task_memory is None else task_memory << 20,
         fan_in=fan_in,
     )
-    settings, estimate, choice = pipeline.estimate(sources or [], settings, engine, address, manifest, cpus)
+    planned = pipeline.estimate(sources or [], settings, engine, address, manifest, cpus)
     if as_json:
-        print(json.dumps({"plan": estimate.as_dict(), "engine": choice.name, "settings": settings.as_dict()}))
+        print(
+            json.dumps(
+                {
+                    "plan": planned.estimate.as_dict(),
+                    "engine": planned.engine.name,
+                    "settings": planned.settings.as_dict(),
+                    "out_of_reach": planned.missing,
+                }
+            )
+        )
     else:
-        report.render_plan(estimate, settings, choice.name, sys.stdout)
+        report.render_plan(planned.estimate, planned.settings, planned.engine.name, sys.stdout)
+    if planned.missing:
+        _name_missing(planned.missing, "they are not in this plan")
+        raise typer.Exit(EXIT_HOLES)
+
+
+def _name_missing(missing: Sequence[str], then: str) -> None:
+    names = ", ".join(missing[:10]) + (" ..." if len(missing) > 10 else "")
+    print(f"{len(missing)} images are on nodes that are not in the cluster: {names}: {then}", file=sys.stderr)
 
 
 @app.command("import")
@@ -584,12 +601,7 @@ def _show(out: Path, run: Callable[[pipeline.Progress | None], runs.Run], as_jso
         if done.holes:
             print(f"{done.holes} pages could not be read: {listed} lists them", file=sys.stderr)
         if done.out_of_reach:
-            count = len(done.out_of_reach)
-            names = ", ".join(done.out_of_reach[:10]) + (" ..." if count > 10 else "")
-            print(
-                f"{count} images are on nodes that are not in the cluster: {names}: {listed} lists them",
-                file=sys.stderr,
-            )
+            _name_missing(done.out_of_reach, f"{listed} lists them")
         raise typer.Exit(EXIT_HOLES)
 
 

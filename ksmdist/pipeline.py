@@ -48,7 +48,7 @@ from ksmdist.totals import Merged, Totals
 from ksmdist.version import __version__
 from ksmdist.whatif import grid
 
-__all__ = ["NoProgress", "Progress", "estimate", "resume", "run"]
+__all__ = ["NoProgress", "Planned", "Progress", "estimate", "resume", "run"]
 
 _SOURCES_A_TASK = 16  # looked at by one task
 _START_S = 0.3  # of a process: its imports
@@ -109,11 +109,10 @@ def run(
     settings = settings or Settings()
     progress = progress or NoProgress()
     checkpoint.check_free(_absolute(out))
-    with _opened(paths, manifest, settings, engine, address, progress, strict) as looked:
+    with _opened(paths, manifest, settings, engine, address, progress, clock, strict) as looked:
         opened, left_out, choice, runner = looked
         machines = runner.machines()
         settings = plan.fill(settings, sum(image.info.pages for image in opened), machines.memory_a_cpu)
-        clock.lap("open", f"{len(opened)} images", progress)
         described = {
             "settings": settings.as_dict(),
             "images": [image.as_json() for image in opened],
@@ -148,6 +147,7 @@ def resume(
         choice = engines.choose(engine, address, nbytes)
         progress.engine(choice.name, choice.why)
         runner = engines.start(choice)
+        clock.lap("start", choice.name, progress)
     except BaseException:
         held.close()
         raise
@@ -157,6 +157,16 @@ def resume(
         runner.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What run() would do: the settings it would fill in, what it would take, on what; images that are out of reach."""
+
+    settings: Settings
+    estimate: Estimate
+    engine: engines.Choice
+    missing: tuple[str, ...]
+
+
 def estimate(
     paths: Sequence[str | os.PathLike[str]],
     settings: Settings | None = None,
@@ -164,24 +174,27 @@ def estimate(
     address: str | None = None,
     manifest: str | None = None,
     cpus: int | None = None,
-) -> tuple[Settings, Estimate, engines.Choice]:
-    """What run() would do: the settings it would fill in, and what it would take. No page is read.
+) -> Planned:
+    """What run() would do, and what it would take. No page is read.
 
     cpus: of a cluster that is to be; None for what there is.
     """
     settings = settings or Settings()
-    with _opened(paths, manifest, settings, engine, address, NoProgress(), False) as (opened, _, choice, runner):
+    with _opened(paths, manifest, settings, engine, address, NoProgress(), _Clock(), False) as looked:
+        opened, _, choice, runner = looked
         machines = runner.machines()
         pages = [image.info.pages for image in opened]
         settings = plan.fill(settings, sum(pages), machines.memory_a_cpu)
         planned = plan.plan(pages, [image.node for image in opened], settings)
+        missing = tuple(image.image_id for image in opened if not image.reached)
         remote = sum(image.info.pages for image in opened if is_uri(image.info.path))
         if cpus is not None:
             choice = engines.Choice("ray", choice.address, f"a cluster of {cpus} CPUs was named")
         start_s = engines.RAY_START_S if choice.name == "ray" and not choice.address else _START_S
         count = cpus or machines.cpus
         cluster = choice.address is not None or cpus is not None
-        return settings, planned.estimate(pages, remote, count, choice.name != "inline", start_s, cluster), choice
+        found = planned.estimate(pages, remote, count, choice.name != "inline", start_s, cluster)
+        return Planned(settings, found, choice, missing)
 
 
 @dataclass(slots=True)
@@ -208,6 +221,7 @@ def _opened(
     engine: str,
     address: str | None,
     progress: Progress,
+    clock: _Clock,
     strict: bool,
 ) -> Iterator[tuple[list[Opened], list[tuple[str, str]], engines.Choice, Engine]]:
     """Images in the order in which KSM scans them, files left out, and the engine, which is closed after use.
@@ -223,15 +237,15 @@ def _opened(
     choice = engines.choose(engine, address, 0)
     if choice.address is None:
         opened, left_out = _look(engines.start(engines.choose("inline", None, 0)), sources, settings, strict)
+        clock.lap("open", f"{len(opened)} images", progress)
         choice = engines.choose(engine, address, sum(image.info.pages for image in opened) * settings.page_size)
-        progress.engine(choice.name, choice.why)
-        runner = engines.start(choice)
-    else:
-        progress.engine(choice.name, choice.why)
-        runner = engines.start(choice)
+    progress.engine(choice.name, choice.why)
+    runner = engines.start(choice)
+    clock.lap("start", choice.name, progress)
     try:
         if choice.address is not None:
             opened, left_out = _look(runner, sources, settings, strict)
+            clock.lap("open", f"{len(opened)} images", progress)
         yield opened, left_out, choice, runner
     finally:
         runner.close()
@@ -372,7 +386,6 @@ def _flow(
     infos = [image.info for image in opened]
     ids = [image.image_id for image in opened]
     total = sum(info.pages for info in infos)
-    clock.lap("start", choice.name, progress)
 
     # Map.
     found = [Scanned.nothing(info, settings) for info in infos]

@@ -28,7 +28,7 @@ def test_json_is_the_promised_object(make_raw: MakeImage, tmp_path: Path) -> Non
     done = ksmdist("run", make_raw("a.raw", [ZERO, ZERO, page(1), None]), "-o", tmp_path / "out", "--json")
     assert done.returncode == 0
     stages = [line.split(":")[:2] for line in done.stderr.splitlines()]
-    assert stages == [["ksmdist", f" {stage}"] for stage in ("engine", "open", "start", "scan", "merge", "count")]
+    assert stages == [["ksmdist", f" {stage}"] for stage in ("open", "engine", "start", "scan", "merge", "count")]
     printed = json.loads(done.stdout)
     promised = {
         "pages": "total absent ineligible zero_mapped_fault zero_mapped_ksm volatile zero duplicate unique",
@@ -101,6 +101,10 @@ def test_nothing_is_said_of_images_that_are_out_of_reach(tmp_path: Path) -> None
     assert done.returncode == 3
     assert done.stdout.startswith("No page could be read: nothing is known of these images. INCOMPLETE: see below.\n")
     assert "node://nowhere/x.raw" in done.stderr
+    planned = ksmdist("plan", "node://nowhere/x.raw", "--json")
+    assert planned.returncode == 3
+    assert json.loads(planned.stdout)["out_of_reach"] == ["node://nowhere/x.raw"]
+    assert "they are not in this plan" in planned.stderr
 
 
 def test_import_then_run(make_raw: MakeImage, tmp_path: Path) -> None:
