@@ -20,11 +20,12 @@ import pyarrow as pa
 import ray
 from ray.cluster_utils import Cluster
 
-from ksmdist import classes, pipeline, plan, stages
+from ksmdist import classes, pipeline, plan, roster, stages
 from ksmdist.images import ImageInfo
 from ksmdist.scanned import Mapped, Opened, Scanned
 from ksmdist.settings import Settings
 from ksmdist.tables import CLASSES, KINDS
+from ksmdist.timings import NoProgress
 
 RAYLETS = (2, 4, 8)
 TASKS = 4096
@@ -48,11 +49,11 @@ def drive(raylets: int, tasks: int) -> None:
         cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
     cluster.wait_for_nodes()
     info = ImageInfo("made-up", "raw", "guest", 4096, tasks, 0, 0, "", image_id="made-up")
-    pipeline._look = lambda runner, sources, settings, strict: ([Opened("made-up", "", info)], [])
+    roster.look = lambda runner, sources, settings, strict: ([Opened("made-up", "", info)], [])
     stages.read_shards = read
     used: dict[str, float] = {}
 
-    class Watch(pipeline.NoProgress):
+    class Watch(NoProgress):
         def stage(self, line: str) -> None:
             usage = resource.getrusage(resource.RUSAGE_SELF)
             used[line.split(":")[0]] = usage.ru_utime + usage.ru_stime

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ksmdist import classes, pipeline, stages
+from ksmdist import classes, pipeline, roster, stages
 from ksmdist.columns import arrow
 from ksmdist.digests import fill_digest
 from ksmdist.images import ImageInfo
@@ -105,7 +105,7 @@ def drive(millions: int, out: Path) -> None:
         for n in range(count)
     ]
     opened = [Opened(info.image_id, "", info) for info in infos]
-    pipeline._look = lambda runner, sources, settings, strict: (opened, [])
+    roster.look = lambda runner, sources, settings, strict: (opened, [])
     stages.read_shards = read
     pipeline.run(["made-up"], out, engine="ray")
 

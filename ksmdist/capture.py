@@ -30,7 +30,7 @@ _STOP_SECONDS = 5.0
 
 
 class Progress(Protocol):
-    """Told what is read, as it is read; pipeline.Progress is one."""
+    """Told what is read, as it is read; timings.Progress is one."""
 
     def scanning(self, pages: int, page_size: int) -> None:
         """So many pages will be read."""

@@ -15,11 +15,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ksmdist import counters, images, pipeline, report, runs, schema, store, tables
+from ksmdist import counters, images, options, pipeline, report, runs, schema, store, tables
 from ksmdist.checkpoint import is_complete, unfinished
 from ksmdist.errors import EXIT_HOLES, EXIT_INTERRUPTED, KsmdistError, RunDirectoryError, SettingsError
 from ksmdist.explain import explain
-from ksmdist.settings import KERNELS, Settings
+from ksmdist.settings import Settings
+from ksmdist.timings import Progress
 from ksmdist.unmerge import unmerge
 from ksmdist.version import __version__
 from ksmdist.whatif import best, grid, present
@@ -38,74 +39,6 @@ app = typer.Typer(
     ),
 )
 
-_Sources = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="IMAGE...",
-        help="Memory images (Arrow, raw or ELF core): paths, globs, directories, URIs (s3://, gs://, abfss://, "
-        "hdfs://), or node://NAME/path for what one node of the cluster has.",
-    ),
-]
-_Manifest = Annotated[
-    str | None,
-    typer.Option("--manifest", metavar="FLEET", help="A YAML or Parquet file that names images; docs/clusters.md."),
-]
-_TaskMemory = Annotated[
-    int | None,
-    typer.Option("--task-memory", metavar="MIB", help="Most memory of a task, in MiB. [default: by the machines]"),
-]
-_ShardPages = Annotated[
-    int | None, typer.Option("--shard-pages", help="Pages in a shard. [default: by the size of the input]")
-]
-_Ranges = Annotated[
-    int | None, typer.Option("--ranges", help="Digest ranges, a power of two. [default: by the size of the input]")
-]
-_FanIn = Annotated[
-    int,
-    typer.Option("--fan-in", metavar="N", help="Most results of scans that a merge reads; more are combined first."),
-]
-_PageSize = Annotated[int, typer.Option("--page-size", help="Bytes in a page.")]
-_Format = Annotated[
-    str | None, typer.Option("--format", help="Force the format: arrow, elf or raw. [default: by magic]")
-]
-_Engine = Annotated[str, typer.Option("--engine", help="auto, inline or ray.")]
-_Address = Annotated[
-    str | None, typer.Option("--address", help="A running Ray cluster. [default: RAY_ADDRESS, if set]")
-]
-_RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
-_UseZeroPages = Annotated[
-    bool | None,
-    typer.Option("--use-zero-pages/--no-use-zero-pages", help="As /sys/kernel/mm/ksm/use_zero_pages."),
-]
-_MaxPageSharing = Annotated[
-    str | None,
-    typer.Option("--max-page-sharing", metavar="N", help="As /sys/kernel/mm/ksm/max_page_sharing; or unlimited."),
-]
-_MergeAcrossNodes = Annotated[
-    bool | None,
-    typer.Option("--merge-across-nodes/--no-merge-across-nodes", help="As /sys/kernel/mm/ksm/merge_across_nodes."),
-]
-_Kernel = Annotated[
-    str | None, typer.Option("--kernel", help=f"Whose rules and counters: {', '.join(KERNELS)}. [default: 6.18]")
-]
-_FullScans = Annotated[
-    int | None,
-    typer.Option("--full-scans", metavar="N", help="Counters after N scans. [default: once nothing changes]"),
-]
-_SmartScan = Annotated[
-    bool | None,
-    typer.Option("--smart-scan/--no-smart-scan", help="With --full-scans: skip pages as smart_scan does."),
-]
-_PagesToScan = Annotated[
-    int | None, typer.Option("--pages-to-scan", help="As the kernel's, for the estimate of time. [default: 100]")
-]
-_SleepMillisecs = Annotated[
-    int | None, typer.Option("--sleep-millisecs", help="As the kernel's, for the estimate of time. [default: 20]")
-]
-_Image = Annotated[str | None, typer.Option("--image", metavar="ID", help="This image alone.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
@@ -117,27 +50,27 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command("run")
 def run_command(
     context: typer.Context,
-    sources: _Sources = None,
+    sources: options.Sources = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="RUN", help="The run directory to write; required.")
     ] = None,
-    manifest: _Manifest = None,
+    manifest: options.Manifest = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="RUN", help="Take up an unfinished run; no IMAGE, no setting.")
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail if a node that has images is not in the cluster.")
     ] = False,
-    format: _Format = None,
-    page_size: _PageSize = 4096,
-    use_zero_pages: _UseZeroPages = None,
-    max_page_sharing: _MaxPageSharing = None,
-    merge_across_nodes: _MergeAcrossNodes = None,
-    kernel: _Kernel = None,
-    full_scans: _FullScans = None,
-    smart_scan: _SmartScan = None,
-    pages_to_scan: _PagesToScan = None,
-    sleep_millisecs: _SleepMillisecs = None,
+    format: options.Format = None,
+    page_size: options.PageSize = 4096,
+    use_zero_pages: options.UseZeroPages = None,
+    max_page_sharing: options.MaxPageSharing = None,
+    merge_across_nodes: options.MergeAcrossNodes = None,
+    kernel: options.Kernel = None,
+    full_scans: options.FullScans = None,
+    smart_scan: options.SmartScan = None,
+    pages_to_scan: options.PagesToScan = None,
+    sleep_millisecs: options.SleepMillisecs = None,
     zero_page_colors: Annotated[
         int, typer.Option("--zero-page-colors", metavar="N", help="Zero pages chosen by address, as s390 has them.")
     ] = 1,
@@ -145,14 +78,14 @@ def run_command(
         str,
         typer.Option("--eligible", help="flagged: the pages an image marks; all: as if all its mappings were marked."),
     ] = "flagged",
-    engine: _Engine = "auto",
-    address: _Address = None,
-    shard_pages: _ShardPages = None,
-    ranges: _Ranges = None,
-    task_memory: _TaskMemory = None,
-    fan_in: _FanIn = 1024,
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    engine: options.Engine = "auto",
+    address: options.Address = None,
+    shard_pages: options.ShardPages = None,
+    ranges: options.Ranges = None,
+    task_memory: options.TaskMemory = None,
+    fan_in: options.FanIn = 1024,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Scan memory images, merge what they share, and count it as KSM would."""
     if resume is not None:
@@ -206,21 +139,21 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 @app.command("plan")
 def plan_command(
-    sources: _Sources = None,
-    manifest: _Manifest = None,
-    format: _Format = None,
-    page_size: _PageSize = 4096,
-    engine: _Engine = "auto",
-    address: _Address = None,
-    shard_pages: _ShardPages = None,
-    ranges: _Ranges = None,
-    task_memory: _TaskMemory = None,
-    fan_in: _FanIn = 1024,
+    sources: options.Sources = None,
+    manifest: options.Manifest = None,
+    format: options.Format = None,
+    page_size: options.PageSize = 4096,
+    engine: options.Engine = "auto",
+    address: options.Address = None,
+    shard_pages: options.ShardPages = None,
+    ranges: options.Ranges = None,
+    task_memory: options.TaskMemory = None,
+    fan_in: options.FanIn = 1024,
     cpus: Annotated[
         int | None,
         typer.Option("--cpus", metavar="N", min=1, help="Of a cluster that is to be. [default: what there is]"),
     ] = None,
-    as_json: _Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Say what a run would do and take: shards, ranges, memory, network, time. No page is read."""
     settings = Settings(
@@ -263,8 +196,8 @@ def import_command(
         typer.Option("--out", "-o", metavar="X.arrow", help="The Arrow file to write; or a directory, for one each."),
     ],
     image_id: Annotated[str, typer.Option("--id", help="Name of the image. [default: the file's name]")] = "",
-    format: _Format = None,
-    page_size: _PageSize = 4096,
+    format: options.Format = None,
+    page_size: options.PageSize = 4096,
 ) -> None:
     """Write memory images as Arrow (table memory_image): several sources as one image, by address."""
     opened = [images.open_image(source, page_size, format) for source in sources]
@@ -321,7 +254,7 @@ def capture_command(
     pause: Annotated[
         bool, typer.Option("--pause", help="Stop the processes meanwhile, so that the images are one moment.")
     ] = False,
-    quiet: _Quiet = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write live processes as memory images, one each, without changing them."""
     from ksmdist.capture import capture, select
@@ -375,7 +308,7 @@ def verify_command(
         int | None,
         typer.Option("--full-scans", metavar="N", help="For --layout. [default: until no counter changes]"),
     ] = None,
-    as_json: _Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Predict, then switch KSM on for real, and compare every counter. As root; every knob is put back.
 
@@ -414,9 +347,9 @@ def verify_command(
 @app.command("demo")
 def demo_command(
     directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to put it.")] = Path("ksmdist-demo"),
-    engine: _Engine = "auto",
-    as_json: _Json = False,
-    quiet: _Quiet = False,
+    engine: options.Engine = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Make three small images that look like real guests, and run on them."""
     from ksmdist.demo import make_images
@@ -461,16 +394,16 @@ def _with_knobs(settings: Settings, **knobs: object) -> Settings:
 
 @app.command("whatif")
 def whatif_command(
-    run: _RunDirectory,
-    use_zero_pages: _UseZeroPages = None,
-    max_page_sharing: _MaxPageSharing = None,
-    merge_across_nodes: _MergeAcrossNodes = None,
-    kernel: _Kernel = None,
-    full_scans: _FullScans = None,
-    smart_scan: _SmartScan = None,
-    pages_to_scan: _PagesToScan = None,
-    sleep_millisecs: _SleepMillisecs = None,
-    as_json: _Json = False,
+    run: options.RunDirectory,
+    use_zero_pages: options.UseZeroPages = None,
+    max_page_sharing: options.MaxPageSharing = None,
+    merge_across_nodes: options.MergeAcrossNodes = None,
+    kernel: options.Kernel = None,
+    full_scans: options.FullScans = None,
+    smart_scan: options.SmartScan = None,
+    pages_to_scan: options.PagesToScan = None,
+    sleep_millisecs: options.SleepMillisecs = None,
+    as_json: options.Json = False,
 ) -> None:
     """Count a run again under other settings; without any, show the grid of settings and name the best."""
     done = runs.load(run)
@@ -501,16 +434,16 @@ def whatif_command(
 
 @app.command("explain")
 def explain_command(
-    run: _RunDirectory,
-    image: _Image = None,
+    run: options.RunDirectory,
+    image: options.Image = None,
     region: Annotated[
         str | None, typer.Option("--region", metavar="NAME", help="This mapping alone: [heap], a path; - for none.")
     ] = None,
-    use_zero_pages: _UseZeroPages = None,
-    max_page_sharing: _MaxPageSharing = None,
-    merge_across_nodes: _MergeAcrossNodes = None,
-    kernel: _Kernel = None,
-    as_json: _Json = False,
+    use_zero_pages: options.UseZeroPages = None,
+    max_page_sharing: options.MaxPageSharing = None,
+    merge_across_nodes: options.MergeAcrossNodes = None,
+    kernel: options.Kernel = None,
+    as_json: options.Json = False,
 ) -> None:
     """Count why pages are not merged, by image and region."""
     done, settings = _converged(run, use_zero_pages, max_page_sharing, merge_across_nodes, kernel)
@@ -531,13 +464,13 @@ def explain_command(
 
 @app.command("unmerge")
 def unmerge_command(
-    run: _RunDirectory,
-    image: _Image = None,
-    use_zero_pages: _UseZeroPages = None,
-    max_page_sharing: _MaxPageSharing = None,
-    merge_across_nodes: _MergeAcrossNodes = None,
-    kernel: _Kernel = None,
-    as_json: _Json = False,
+    run: options.RunDirectory,
+    image: options.Image = None,
+    use_zero_pages: options.UseZeroPages = None,
+    max_page_sharing: options.MaxPageSharing = None,
+    merge_across_nodes: options.MergeAcrossNodes = None,
+    kernel: options.Kernel = None,
+    as_json: options.Json = False,
 ) -> None:
     """Count what MADV_UNMERGEABLE of an image, or run=2, would bring back: pages, frames, bytes."""
     done, settings = _converged(run, use_zero_pages, max_page_sharing, merge_across_nodes, kernel)
@@ -573,7 +506,7 @@ def _of_image(rows: list[dict[str, Any]], image: str | None, run: runs.Run) -> l
     return [row for row in rows if row["image_id"] == image]
 
 
-def _show(out: Path, run: Callable[[pipeline.Progress | None], runs.Run], as_json: bool, quiet: bool) -> None:
+def _show(out: Path, run: Callable[[Progress | None], runs.Run], as_json: bool, quiet: bool) -> None:
     """Run, tell how it goes, and print what it found."""
     watching = sys.stderr.isatty()
     told: report.Bar | report.Log | None = (

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ksmdist import checkpoint, counters, engines, fleet, identities, images, plan, runs, scanned, stages, store
+from ksmdist import checkpoint, counters, engines, identities, plan, roster, runs, scanned, stages, store
 from ksmdist.checkpoint import Checkpoint
 from ksmdist.counters import Prediction
 from ksmdist.engines import Engine, Stage
 from ksmdist.errors import EngineError, KsmdistError, RunDirectoryError, SettingsError
-from ksmdist.fleet import Source
-from ksmdist.images import ImageInfo
 from ksmdist.images.uris import is_uri
 from ksmdist.plan import Estimate, Plan
 from ksmdist.runs import Run
@@ -44,46 +39,14 @@ from ksmdist.tables import (
     WHATIF,
     ZERO_COLORS,
 )
+from ksmdist.timings import Clock, NoProgress, Progress, metrics
 from ksmdist.totals import Merged, Totals
 from ksmdist.version import __version__
 from ksmdist.whatif import grid
 
-__all__ = ["NoProgress", "Planned", "Progress", "estimate", "resume", "run"]
+__all__ = ["Planned", "estimate", "resume", "run"]
 
-_SOURCES_A_TASK = 16  # looked at by one task
 _START_S = 0.3  # of a process: its imports
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class Progress(Protocol):
-    """Told what is done, as it is done."""
-
-    def engine(self, name: str, why: str) -> None:
-        """An engine was chosen."""
-
-    def scanning(self, pages: int, page_size: int) -> None:
-        """Scanning begins."""
-
-    def scanned(self, pages: int) -> None:
-        """So many pages more are scanned."""
-
-    def merged(self, ranges: int) -> None:
-        """One more of so many ranges is merged."""
-
-    def stage(self, line: str) -> None:
-        """A stage is done: what, how much, how long."""
-
-
-class NoProgress:
-    """Tells nobody."""
-
-    def engine(self, name: str, why: str) -> None: ...
-    def scanning(self, pages: int, page_size: int) -> None: ...
-    def scanned(self, pages: int) -> None: ...
-    def merged(self, ranges: int) -> None: ...
-    def stage(self, line: str) -> None: ...
 
 
 def run(
@@ -105,11 +68,11 @@ def run(
     Raises KsmdistError; then nothing is left at `out`, and what tasks have finished is in `out`.partial,
     which resume() takes up, as does the same run() again.
     """
-    clock = _Clock()
+    clock = Clock()
     settings = settings or Settings()
     progress = progress or NoProgress()
     checkpoint.check_free(_absolute(out))
-    with _opened(paths, manifest, settings, engine, address, progress, clock, strict) as looked:
+    with roster.opened(paths, manifest, settings, engine, address, progress, clock, strict) as looked:
         opened, left_out, choice, runner = looked
         machines = runner.machines()
         settings = plan.fill(settings, sum(image.info.pages for image in opened), machines.memory_a_cpu)
@@ -132,7 +95,7 @@ def resume(
 
     task_memory: for merges on other machines than those it was begun on, bytes. Raises KsmdistError, as run() does.
     """
-    clock = _Clock()
+    clock = Clock()
     progress = progress or NoProgress()
     held = Checkpoint.resume(_absolute(out))
     if held.complete:
@@ -180,7 +143,7 @@ def estimate(
     cpus: of a cluster that is to be; None for what there is.
     """
     settings = settings or Settings()
-    with _opened(paths, manifest, settings, engine, address, NoProgress(), _Clock(), False) as looked:
+    with roster.opened(paths, manifest, settings, engine, address, NoProgress(), Clock(), False) as looked:
         opened, _, choice, runner = looked
         machines = runner.machines()
         pages = [image.info.pages for image in opened]
@@ -195,141 +158,6 @@ def estimate(
         cluster = choice.address is not None or cpus is not None
         found = planned.estimate(pages, remote, count, choice.name != "inline", start_s, cluster)
         return Planned(settings, found, choice, missing)
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Seconds of each stage, for run.json, metrics.prom and the log: never for a table."""
-
-    began: float = field(default_factory=time.monotonic)
-    laps: dict[str, float] = field(default_factory=dict)
-
-    def lap(self, stage: str, done: str, progress: Progress, page_bytes: int = 0) -> None:
-        """A stage has ended."""
-        took = time.monotonic() - self.began
-        self.began += took
-        self.laps[stage] = self.laps.get(stage, 0.0) + took
-        speed = f", {page_bytes / took / (1 << 30):.2f} GiB/s" if page_bytes and took else ""
-        progress.stage(f"{stage}: {done} in {took:.2f} s{speed}")
-
-
-@contextmanager
-def _opened(
-    paths: Sequence[str | os.PathLike[str]],
-    manifest: str | None,
-    settings: Settings,
-    engine: str,
-    address: str | None,
-    progress: Progress,
-    clock: _Clock,
-    strict: bool,
-) -> Iterator[tuple[list[Opened], list[tuple[str, str]], engines.Choice, Engine]]:
-    """Images in the order in which KSM scans them, files left out, and the engine, which is closed after use.
-
-    A cluster's nodes look at the images themselves: the driver need not see them.
-    """
-    sources = [fleet.parse(os.fspath(path)) for path in paths]
-    if manifest is not None:
-        sources += fleet.read_manifest(manifest)
-    sources = list(map(fleet.absolute, sources))
-    if not sources:
-        raise SettingsError("no image was given", "IMAGE", "name one or more memory images, or a manifest")
-    choice = engines.choose(engine, address, 0)
-    if choice.address is None:
-        opened, left_out = _look(engines.start(engines.choose("inline", None, 0)), sources, settings, strict)
-        clock.lap("open", f"{len(opened)} images", progress)
-        choice = engines.choose(engine, address, sum(image.info.pages for image in opened) * settings.page_size)
-    progress.engine(choice.name, choice.why)
-    runner = engines.start(choice)
-    clock.lap("start", choice.name, progress)
-    try:
-        if choice.address is not None:
-            opened, left_out = _look(runner, sources, settings, strict)
-            clock.lap("open", f"{len(opened)} images", progress)
-        yield opened, left_out, choice, runner
-    finally:
-        runner.close()
-
-
-def _look(
-    runner: Engine, sources: Sequence[Source], settings: Settings, strict: bool
-) -> tuple[list[Opened], list[tuple[str, str]]]:
-    """Open every source where it is."""
-    nodes = runner.machines().nodes
-    missing = [source for source in sources if source.node and source.node not in nodes]
-    if missing and strict:
-        names = sorted({source.node for source in missing})
-        raise EngineError(
-            f"{len(missing)} images are on nodes that are not in the cluster: {', '.join(names[:10])}",
-            missing[0].uri,
-            "start Ray there, with the label ksmdist-host=NAME where it goes by another name, or leave --strict out",
-        )
-    later = next((source for source in sources if (source.pass_number or 1) > 1), None)
-    if later is not None:
-        raise SettingsError("passes of an image are not compared yet", str(later), "give the first pass alone")
-    there = sorted(
-        (source for source in sources if not source.node or source.node in nodes), key=lambda source: source.node
-    )
-    tasks: list[tuple[Source, ...]] = []
-    for source in there:
-        if tasks and tasks[-1][0].node == source.node and len(tasks[-1]) < _SOURCES_A_TASK:
-            tasks[-1] = (*tasks[-1], source)
-        else:
-            tasks.append((source,))
-    found: dict[int, stages.Found] = {}
-    stage = Stage(
-        "open",
-        functools.partial(stages.open_sources, settings),
-        lambda task: f"open {task[0].uri}" + (f" and {len(task) - 1} more" if len(task) > 1 else ""),
-        lambda task: task[0].node,
-        lambda result: {"images": len(result.images)},
-    )
-    runner.run(stage, tasks, found.__setitem__)
-    left_out = [pair for number in range(len(tasks)) for pair in found[number].left_out]
-    opened = [
-        Opened("", source.node, _said(source, info), holes)
-        for number in range(len(tasks))
-        for source, info, holes in found[number].images
-    ]
-    opened += [Opened("", source.node, _unknown(source, settings), reached=False) for source in missing]
-    if not opened:
-        raise SettingsError("no image is left", sources[0].uri, "name the image files themselves")
-    named = [replace(image.info, path=_location(image.info.path, image.node)) for image in opened]
-    opened = [replace(image, image_id=i) for image, i in zip(opened, images.image_ids(named), strict=True)]
-    return sorted(opened, key=lambda image: (image.info.scan_order, image.image_id)), left_out
-
-
-def _location(path: str, node: str) -> str:
-    return f"node://{node}{path}" if node else path
-
-
-def _said(source: Source, info: ImageInfo) -> ImageInfo:
-    """An image's description, with what the manifest says instead of what the image says."""
-    return replace(
-        info,
-        image_id=source.image_id or info.image_id,
-        host=source.host or info.host,
-        tenant=source.tenant or info.tenant,
-        kind=source.kind or info.kind,
-        regions=tuple(map(sys.intern, info.regions)),  # in a fleet the same few names come again and again
-    )
-
-
-def _unknown(source: Source, settings: Settings) -> ImageInfo:
-    """An image of which no more is known than the manifest says."""
-    return _said(
-        replace(source, image_id=source.image_id or str(source)),
-        ImageInfo(
-            path=source.uri,
-            format="unknown",
-            kind="guest",
-            page_size=settings.page_size,
-            pages=0,
-            pages_absent=0,
-            nbytes=0,
-            fingerprint="",
-        ),
-    )
 
 
 def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, str]]]:
@@ -347,7 +175,7 @@ def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, 
         ) from None
 
 
-def _run(held: Checkpoint, out: Path, runner: Engine, choice: engines.Choice, progress: Progress, clock: _Clock) -> Run:
+def _run(held: Checkpoint, out: Path, runner: Engine, choice: engines.Choice, progress: Progress, clock: Clock) -> Run:
     """All that follows the plan; on failure what is finished is kept, and the error says so."""
     settings, opened, left_out = _planned(held)
     planned = plan.plan([image.info.pages for image in opened], [image.node for image in opened], settings)
@@ -378,7 +206,7 @@ def _flow(
     runner: Engine,
     choice: engines.Choice,
     progress: Progress,
-    clock: _Clock,
+    clock: Clock,
 ) -> Run:
     settings, directory = planned.settings, held.directory.resolve()
     assert settings.ranges is not None
@@ -503,7 +331,7 @@ def _flow(
     caveats += [f"left out: {name}: {why}" for name, why in left_out]
     caveats = list(dict.fromkeys(caveats))
     laps = clock.laps
-    store.write_text(_metrics(laps, summary, len(tasks), len(pieces), again), directory, "metrics.prom")
+    store.write_text(metrics(laps, summary, len(tasks), len(pieces), again), directory, "metrics.prom")
     store.write_manifest(
         {
             "run_version": store.RUN_VERSION,
@@ -605,24 +433,3 @@ def _summary(sharing: Sharing, holes: pa.Table, prediction: Prediction, settings
         "holes": {"ranges": len(holes), "pages": int(sharing.of_images("unreadable").sum())},
         "settings": settings.as_dict(),
     }
-
-
-def _metrics(laps: Mapping[str, float], summary: Mapping[str, Any], tasks: int, pieces: int, again: int) -> str:
-    """The run in Prometheus' text format (prometheus.io, exposition formats 0.0.4).
-
-    Three lines a metric, written here: importing prometheus_client would cost every run's start 40 ms.
-    """
-    holes = summary["holes"]
-    metrics: list[tuple[str, str, dict[str, float]]] = [
-        ("stage_seconds", "Time that a stage of the run took.", {f'{{stage="{k}"}}': v for k, v in laps.items()}),
-        ("tasks", "Tasks of the run.", {'{stage="scan"}': tasks, '{stage="merge"}': pieces}),
-        ("tasks_taken_up", "Scans that an earlier driver had finished.", {"": again}),
-        ("pages", "Pages scanned, by class.", {f'{{class="{k}"}}': v for k, v in summary["pages"].items()}),
-        ("holes", "Ranges of pages that could not be read.", {"": holes["ranges"]}),
-        ("images_out_of_reach", "Images whose node was not in the cluster.", {"": len(holes["images"])}),
-    ]
-    lines = []
-    for name, doc, samples in metrics:
-        lines += [f"# HELP ksmdist_run_{name} {doc}", f"# TYPE ksmdist_run_{name} gauge"]
-        lines += [f"ksmdist_run_{name}{labels} {value:.9g}" for labels, value in samples.items()]
-    return "\n".join(lines) + "\n"
