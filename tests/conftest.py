@@ -158,7 +158,7 @@ def random_pages(rng: np.random.Generator, count: int) -> list[bytes]:
 
 
 def unavailable(reason: str) -> None:
-    """Skip a test that needs KSM; fail it where KSMDIST_FORCE_KERNEL is 1."""
+    """Skip a test that needs KSM, or root; fail it where KSMDIST_FORCE_KERNEL is 1."""
     if os.environ.get("KSMDIST_FORCE_KERNEL") == "1":
         pytest.fail(reason)
     pytest.skip(f"{reason}; KSMDIST_FORCE_KERNEL=1 makes this a failure")

@@ -26,6 +26,7 @@ from ksmdist.images.proc import Machine
 from ksmdist.sysfs import Ksm
 from ksmdist.tables import PAGE_FLAGS
 
+from .conftest import unavailable
 from .targets import HUGE, NOHUGE, PAGE, Rows, Start, linux, root
 
 
@@ -529,7 +530,7 @@ def test_a_full_disk_leaves_no_part_of_a_file(start: Start, tmp_path: Path) -> N
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], check=False).returncode:
-        pytest.skip("cannot mount a tmpfs")
+        unavailable("cannot mount a tmpfs")
     try:
         with pytest.raises(RunDirectoryError, match="cannot be written: No space left"):
             capture([target.pid], small)

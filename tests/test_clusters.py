@@ -26,9 +26,10 @@ from ksmdist.errors import EngineError
 from ksmdist.settings import Settings
 from ksmdist.store import read_table
 from ksmdist.tables import HOLES, IMAGES
+from ksmdist.timings import NoProgress
 
 from . import clusters, conftest, faults
-from .conftest import manifest, table_files
+from .conftest import manifest, table_files, unavailable
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -148,6 +149,25 @@ def test_images_of_a_host_that_is_not_there_are_holes(two: str, tmp_path: Path) 
     for table in ("spectrum", "counters"):
         assert (run / f"{table}.parquet").read_bytes() == (alone.path / f"{table}.parquet").read_bytes()
     assert ksmdist.load(run).out_of_reach == (f"node://red{other}",)
+
+
+def test_progress_of_all_nodes_comes_to_one_place(two: str, tmp_path: Path) -> None:
+    """What a bar on the driver's terminal is moved by."""
+    seen: list[int] = []
+    lines: list[str] = []
+
+    class Watch(NoProgress):
+        def scanned(self, pages: int) -> None:
+            seen.append(pages)
+
+        def stage(self, line: str) -> None:
+            lines.append(line.split(":")[0])
+
+    one, other = faults.images(tmp_path)
+    sources = [f"node://blue{one}", f"node://green{other}"]
+    ksmdist.run(sources, tmp_path / "run", SETTINGS, "ray", two, progress=Watch())
+    assert seen == [4] * faults.TASKS
+    assert lines == ["start", "open", "scan", "merge", "count"]
 
 
 def test_metrics_of_tasks_are_rays_metrics(two: str, tmp_path: Path) -> None:
@@ -311,9 +331,10 @@ def test_what_a_task_does_is_its_name(two: str, tmp_path: Path, monkeypatch: pyt
     )
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces take root: run the tests as root")
 def test_hosts_with_disks_of_their_own(tmp_path: Path) -> None:
     """Three hosts in network namespaces: the head and driver have no image, the other two have one each."""
+    if os.geteuid() != 0:
+        unavailable("network namespaces take root")
     with clusters.hosts(tmp_path, ["head", "north", "south"]) as (address, made):
         for (name, image), host in zip(
             (

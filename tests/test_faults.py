@@ -28,7 +28,7 @@ from ksmdist.store import read_table
 from ksmdist.tables import STABLE_TREE, TABLES
 
 from . import faults
-from .conftest import PAGE, ZERO, page, table_files
+from .conftest import PAGE, ZERO, page, table_files, unavailable
 
 PLAIN = [table.file for table in TABLES.values() if table.file.endswith(".parquet") and table is not STABLE_TREE]
 
@@ -202,7 +202,7 @@ cli.main()
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB, which root can make larger."""
     if os.geteuid() != 0:
-        pytest.skip("mounting a small file system takes root: run the tests as root")
+        unavailable("mounting a small file system takes root")
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "ksmdist-test", str(disk)], check=True)
@@ -280,8 +280,9 @@ def test_what_is_no_unfinished_run_stays(tmp_path: Path) -> None:
     assert (tmp_path / "kept").read_text() == "precious"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="giving a directory away takes root: run the tests as root")
 def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        unavailable("giving a directory away takes root")
     (image,) = faults.images(tmp_path, 1)
     (tmp_path / "run.partial").mkdir()
     os.chown(tmp_path / "run.partial", 65534, 65534)
