@@ -337,6 +337,11 @@ class Checkpoint:
         """How many tasks of the map have a mark."""
         return unfinished(self.path)
 
+    def drop_parts(self) -> None:
+        """Remove the parts of the stable tree that are there."""
+        for part in (self.directory / "stable_tree").glob("*.parquet"):
+            part.unlink(missing_ok=True)
+
     def finish(self) -> None:
         """Give the run its name: from here on it is whole. Raises RunDirectoryError."""
         try:

@@ -273,7 +273,8 @@ def _flow(
         clock.lap("combine", f"{len(level)} tasks, {written.total:,} rows left", progress)
     results = [(len(levels), number) for number in range(len(levels[-1] if levels else tasks))]
 
-    # Reduce.
+    # Reduce. Merges that an earlier driver finished are done again, and may have cut the ranges otherwise.
+    held.drop_parts()
     pieces = plan.cut_ranges(written.rows, plan.share(settings.task_memory))
     merges = [
         stages.Merge(piece, written.offsets[:, piece.range], written.offsets[:, piece.range + 1]) for piece in pieces

@@ -134,6 +134,25 @@ pipeline.run(sys.argv[2:], sys.argv[1], Settings(shard_pages=4, ranges=4), "inli
     assert _left(tmp_path) == ["image0.raw", "image1.raw", "run"]
 
 
+def test_merges_of_another_cut_of_the_ranges_do_not_stay(tmp_path: Path, unharmed: dict[str, bytes]) -> None:
+    made = faults.images(tmp_path)
+    code = """
+merge = stages.merge
+def dying(*arguments):
+    if arguments[-1].piece.number == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return merge(*arguments)
+stages.merge = dying
+from ksmdist import plan
+plan.share = lambda memory: 2
+pipeline.run(sys.argv[2:], sys.argv[1], Settings(shard_pages=4, ranges=4), "inline")
+"""
+    faults.driver(code, tmp_path / "run", *made).communicate(timeout=60)
+    assert len(list((tmp_path / "run.partial" / "stable_tree").glob("*.parquet"))) > 4
+    run = pipeline.resume(tmp_path / "run", "inline", task_memory=512 << 20)
+    assert table_files(run.path) == unharmed
+
+
 @pytest.mark.parametrize("harm", ["bit", "cut", "gone"])
 def test_a_damaged_result_is_scanned_again(tmp_path: Path, unharmed: dict[str, bytes], harm: str) -> None:
     made = faults.images(tmp_path)
