@@ -20,8 +20,9 @@ help:           ## what there is
 
 setup: .venv/.done  ## .venv with the program and the test tools
 
-demo: setup     ## three images made on the spot, scanned, counted
+demo: setup     ## three images made on the spot, scanned, counted; ksmdist-demo/report.html
 	$(BIN)/ksmdist demo ksmdist-demo
+	$(BIN)/ksmdist report ksmdist-demo/run --html ksmdist-demo/report.html
 
 test: setup     ## the tests
 	$(BIN)/python -m pytest -q
@@ -37,10 +38,13 @@ bench: setup    ## whole processes beside their peers, rates, scale (16 minutes,
 	$(BIN)/python benchmarks/rates.py $(SCRATCH)
 	$(BIN)/python benchmarks/scale.py $(SCRATCH)
 	$(BIN)/python benchmarks/coordinator.py
+	$(BIN)/python benchmarks/pairs.py
+	$(BIN)/python benchmarks/report_page.py
+	$(BIN)/python benchmarks/contents.py
 	$(BIN)/python benchmarks/whatif.py $(SCRATCH)
 	$(BIN)/python benchmarks/capture.py
 
-schemas: setup  ## render schemas/*.json from ksmdist/tables.py
+schemas: setup  ## render schemas/*.json and docs/tables/*.md from ksmdist/tables
 	$(BIN)/python schemas/render.py
 
 lock: setup     ## pin what pyproject.toml names, anew

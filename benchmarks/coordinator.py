@@ -32,14 +32,14 @@ TASKS = 4096
 GIB_A_SHARD = (1, 4, 8)
 
 
-def read(region_names: Sequence[str], settings: Settings, scan: stages.Scan) -> tuple[Mapped, pa.Table]:
+def read(region_names: Sequence[str], settings: Settings, scan: stages.Scan) -> tuple[Mapped, pa.Table, list[pa.Table]]:
     """In the place of stages.read_shards: pages that are read-fault zero pages, which leave no rows."""
     number = scan.task.shards[0].image
     scanned = Scanned.nothing(scan.images[number].info, settings)
     scanned.classes[CLASSES.index("zero_mapped_fault")] += scan.task.pages
     scanned.kinds[KINDS.index("zero")] += 0
     scanned.colors[0, 1] += scan.task.pages
-    return Mapped({number: scanned}, [], scan.task.pages), classes.combine([])
+    return Mapped({number: scanned}, [], scan.task.pages), classes.combine([], settings.page_size), []
 
 
 def drive(raylets: int, tasks: int) -> None:

@@ -44,7 +44,7 @@ def mixed(number: np.ndarray) -> np.ndarray:
     return word ^ (word >> np.uint64(31))
 
 
-def read(region_names: Sequence[str], settings: Settings, scan: stages.Scan) -> tuple[Mapped, pa.Table]:
+def read(region_names: Sequence[str], settings: Settings, scan: stages.Scan) -> tuple[Mapped, pa.Table, list[pa.Table]]:
     """In the place of stages.read_shards."""
     began = time.process_time()
     found: dict[int, Scanned] = {}
@@ -60,23 +60,27 @@ def read(region_names: Sequence[str], settings: Settings, scan: stages.Scan) -> 
         alone = (np.uint64(1) << np.uint64(62)) + own + np.arange(unique, dtype=np.uint64)
         alone[:repeated] = alone[repeated : 2 * repeated]
         number = np.concatenate((chosen, alone))
-        words = np.empty((1 + len(number), 2), ">u8")
-        words[0] = np.frombuffer(fill_digest(0, settings.page_size), ">u8")
-        words[1:, 0], words[1:, 1] = mixed(number), mixed(number ^ np.uint64(0x5555))
+        frames = -(-zero // 512)  # zero pages come first, a row for each frame of the size of a huge page
+        words = np.empty((frames + len(number), 2), ">u8")
+        words[:frames] = np.frombuffer(fill_digest(0, settings.page_size), ">u8")
+        words[frames:, 0], words[frames:, 1] = mixed(number), mixed(number ^ np.uint64(0x5555))
         rows = len(words)
         pages = np.ones(rows, np.int64)
-        pages[0] = zero
+        pages[:frames] = np.minimum(512, zero - 512 * np.arange(frames))
+        place = np.concatenate((512 * np.arange(frames), zero + np.arange(len(number)))).astype(np.uint64)
         columns = [
             arrow(words.view(np.uint8).reshape(-1, 16)),
             arrow(np.full(rows, shard.image, np.int32)),
             arrow(np.zeros(rows, np.int16)),
             arrow(np.ones(rows, bool)),
             arrow(np.zeros(rows, np.int64)),
+            arrow(np.zeros(rows, bool)),
+            arrow(np.zeros(rows, bool)),
             arrow(pages),
-            arrow((np.uint64(shard.start) + np.arange(rows, dtype=np.uint64)) * np.uint64(4096)),
+            arrow((np.uint64(shard.start) + place) * np.uint64(4096)),
             arrow(np.full(rows, -1, np.int32)),
             pa.nulls(rows, pa.uint64()),
-            arrow(np.zeros(rows, np.uint64), null=np.arange(rows) > 0),
+            arrow(np.zeros(rows, np.uint64), null=np.arange(rows) >= frames),
         ]
         fields = [pa.array(c) if isinstance(c, np.ndarray) else c for c in columns]
         tables.append(
@@ -93,7 +97,7 @@ def read(region_names: Sequence[str], settings: Settings, scan: stages.Scan) -> 
     made = time.process_time() - began
     with open(os.environ["KSMDIST_SCALE_MADE"], "a", encoding="ascii") as log:
         log.write(f"{made}\n")
-    return Mapped(found, [], scan.task.pages), classes.combine(tables)
+    return Mapped(found, [], scan.task.pages), classes.combine(tables, settings.page_size), []
 
 
 def drive(millions: int, out: Path) -> None:

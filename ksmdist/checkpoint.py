@@ -7,7 +7,8 @@
                             after an empty one
         work/0-00012.json   its mark: the task is done; its summary, and a checksum of the file
         work/1-00003.*      the same of combination 3 of results of level 0, in whose place it stands
-        stable_tree/        parts of the run itself
+        work/image_set-*    and huge_frame-*, sharing-*: what merges leave for the tables of images
+        stable_tree/        parts of the run itself, and checksums/ where they are kept
 
 A file gets its name when it is whole, and its mark after that: a mark without its file, or with
 another checksum, counts as no mark. So a task may run twice, at once even: the results are the same
@@ -46,14 +47,18 @@ __all__ = [
     "content_file",
     "drop_content",
     "is_complete",
+    "read_batch",
     "read_mark",
     "read_range",
+    "related_file",
     "unfinished",
+    "write_batches",
     "write_content",
+    "write_related",
 ]
 
-_PLAN_VERSION = 1
-_OURS = ("lock", "plan.json", "work", "stable_tree", "metrics.prom")  # and tables, .parquet
+_PLAN_VERSION = 2
+_OURS = ("lock", "plan.json", "work", "stable_tree", "checksums", "metrics.prom")  # and tables, .parquet
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,48 @@ def content_file(directory: Path, level: int, number: int) -> Path:
     return directory / "work" / f"{level}-{number:05d}.arrow"
 
 
+def related_file(directory: Path, name: str, number: int) -> Path:
+    """Where merge `number` leaves table `name`, image_set or huge_frame, and relate its part of sharing."""
+    return directory / "work" / f"{name}-{number:05d}.arrow"
+
+
+def write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Written:
+    """Write an Arrow file with a record batch for each table, after an empty one. Raises OSError."""
+    rows, offsets = [], []
+    empty = pa.RecordBatch.from_pylist([], schema)
+    with whole_file(path) as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(empty)  # the file's head goes out with the first batch
+        offsets.append(sink.tell())
+        for table in tables:
+            rows.append(len(table))
+            batches = table.to_batches() if table.num_columns and len(table) else [empty]
+            if len(batches) > 1:
+                batches = table.combine_chunks().to_batches()
+            writer.write_batch(batches[0])
+            offsets.append(sink.tell())
+    return Written(np.array(rows, np.int64), np.array(offsets, np.int64))
+
+
+def write_related(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> Written:
+    """write_batches(), with a RunDirectoryError where the file cannot be written."""
+    try:
+        return write_batches(path, schema, tables)
+    except OSError as error:
+        raise _unwritable(path, path.parents[1], error) from None
+
+
+def read_batch(path: Path, schema: pa.Schema, start: int, end: int) -> pa.Table:
+    """The record batch between two of Written.offsets of a file. Raises RunDirectoryError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unreadable(path, os.strerror(error.errno or 0)) from None
+    try:
+        return _table(path, fd, start, end, schema)
+    finally:
+        os.close(fd)
+
+
 def write_content(
     content: Iterable[pa.Table], directory: Path, level: int, number: int, summary: Mapping[str, Any]
 ) -> Written:
@@ -77,25 +124,16 @@ def write_content(
     Raises RunDirectoryError where it cannot be written (a full disk, a node that does not see the directory).
     """
     path = content_file(directory, level, number)
-    rows, offsets = [], []
     try:
-        with whole_file(path) as sink, pa.ipc.new_file(sink, SHARD_CONTENT.schema) as writer:
-            writer.write_batch(_EMPTY)  # the file's head goes out with the first batch
-            offsets.append(sink.tell())
-            for table in content:
-                rows.append(len(table))
-                batches = table.to_batches() if table.num_columns and len(table) else [_EMPTY]
-                if len(batches) > 1:
-                    batches = table.combine_chunks().to_batches()
-                writer.write_batch(batches[0])
-                offsets.append(sink.tell())
+        written = write_batches(path, SHARD_CONTENT.schema, content)
         nbytes, checksum = _checksum(path)
+        rows, offsets = written.rows.tolist(), written.offsets.tolist()
         mark = {"rows": rows, "offsets": offsets, "nbytes": nbytes, "xxh3_64": checksum, "summary": summary}
         with whole_file(path.with_suffix(".json")) as sink:
             sink.write(json.dumps(mark, separators=(",", ":")).encode())
     except OSError as error:
         raise _unwritable(path, directory, error) from None
-    return Written(np.array(rows, np.int64), np.array(offsets, np.int64))
+    return written
 
 
 def read_mark(directory: Path, level: int, number: int, superseded: bool = False) -> tuple[Written, Any] | None:
@@ -171,13 +209,13 @@ def _opened(directory: Path, result: tuple[int, int]) -> tuple[Path, int]:
         raise _unreadable(path, os.strerror(error.errno or 0)) from None
 
 
-def _table(path: Path, fd: int, start: int, end: int) -> pa.Table:
+def _table(path: Path, fd: int, start: int, end: int, schema: pa.Schema = SHARD_CONTENT.schema) -> pa.Table:
     """The record batch that is these bytes of the file, found without the file's footer: that took 0.4 ms a time."""
     try:
         data = os.pread(fd, end - start, start)
         if len(data) < end - start:
             raise _unreadable(path, "it is cut short")
-        return pa.Table.from_batches([pa.ipc.read_record_batch(pa.ipc.read_message(data), SHARD_CONTENT.schema)])
+        return pa.Table.from_batches([pa.ipc.read_record_batch(pa.ipc.read_message(data), schema)])
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, str(error).splitlines()[0]) from None
 
@@ -190,9 +228,6 @@ def drop_content(directory: Path, results: Iterable[tuple[int, int]]) -> None:
     """Remove the files of results that a combination stands for; their marks stay."""
     for level, number in results:
         content_file(directory, level, number).unlink(missing_ok=True)
-
-
-_EMPTY = pa.RecordBatch.from_pylist([], SHARD_CONTENT.schema)
 
 
 def _checksum(path: Path) -> tuple[int, str]:
@@ -349,7 +384,11 @@ class Checkpoint:
             gone = self.directory / f".work-{os.getpid()}"
             with suppress(FileNotFoundError):
                 os.rename(self.directory / "work", gone)
-            for left in (*self.directory.glob(".*"), *(self.directory / "stable_tree").glob(".*")):
+            for left in (
+                *self.directory.glob(".*"),
+                *self.directory.glob("stable_tree/.*"),
+                *self.directory.glob("checksums/.*"),
+            ):
                 if left.is_dir() and not left.is_symlink():
                     shutil.rmtree(left, ignore_errors=True)
                 else:

@@ -18,7 +18,7 @@ from ksmdist.groups import group_any, group_min, group_starts, group_sum, order_
 from ksmdist.settings import Settings
 from ksmdist.tables import CLASSES, KINDS, PAGE_FLAGS, REASONS, SHARD_CONTENT
 
-__all__ = ["Classified", "classify", "combine", "digest_words"]
+__all__ = ["Classified", "classify", "combine", "digest_words", "huge_page_bytes"]
 
 _CLASS = {name: code for code, name in enumerate(CLASSES)}
 _DECIDED_LATER = len(CLASSES)
@@ -45,10 +45,18 @@ class Classified:
     content: pa.Table
 
 
-def classify(page: pa.RecordBatch, image: int, settings: Settings, regions: np.ndarray) -> Classified:
+def huge_page_bytes(page_size: int) -> int:
+    """Bytes that a page of page table entries maps: a transparent huge page (PMD_SIZE), 2 MiB where pages are 4 KiB."""
+    return page_size * (page_size // 8)
+
+
+def classify(
+    page: pa.RecordBatch, image: int, settings: Settings, regions: np.ndarray, volatile: np.ndarray | None = None
+) -> Classified:
     """A `page` batch of one image -> its pages by class, kind and region, and what they hold.
 
     regions: int32, the run's number of each region that the image names, which `content` has.
+    volatile: bool, pages that changed since the pass before; None where there was one pass.
     Of the settings, page_size, eligible and zero_page_colors count. eligible `all`: every page that
     KSM could take were its mapping marked; never file pages or pages with neither bytes nor the zero page.
     """
@@ -65,11 +73,13 @@ def classify(page: pa.RecordBatch, image: int, settings: Settings, regions: np.n
     may = could if settings.eligible == "all" else could & flag("eligible")
     by_ksm = zero_mapped & flag("pte_dirty")
     zero = filled & (word == 0)
+    changed = np.zeros(len(page), bool) if volatile is None else volatile & has_bytes
     code = _first_of(
         _DECIDED_LATER,
         (~may, _CLASS["ineligible"]),
         (zero_mapped & ~by_ksm, _CLASS["zero_mapped_fault"]),
         (by_ksm, _CLASS["zero_mapped_ksm"]),
+        (changed, _CLASS["volatile"]),
         (zero, _CLASS["zero"]),
     )
     classes = np.bincount(code, minlength=_DECIDED_LATER + 1)[:_DECIDED_LATER].astype(np.int64)
@@ -83,17 +93,19 @@ def classify(page: pa.RecordBatch, image: int, settings: Settings, regions: np.n
         (~may, _NOT_MARKED),
         (zero_mapped & ~by_ksm, _FAULT),
         (by_ksm, _BY_KSM),
+        (changed, _VOLATILE),
         (huge, _HUGE_ZERO),
     )
     row = np.where(region < 0, np.int32(len(regions)), region)
     by_region = np.bincount(row * np.int32(len(REASONS)) + reason, minlength=(len(regions) + 1) * len(REASONS))
     numbers = np.append(regions, np.int32(-1))[row]
 
-    thp = _huge_pages(address, flag("huge") & ~flag("locked") & has_bytes & may, zero, settings.page_size)
+    size = huge_page_bytes(settings.page_size)
+    number = _huge_pages(address, flag("huge") & ~flag("locked") & has_bytes & may, zero & ~changed, size)
     # A page that KSM mapped to the zero page was a zero page with a frame of its own before.
     zeros = zero | (may & by_ksm)
     framed = present(page.column("frame")) & has_bytes
-    first, last, count = _zero_rows(zeros, may, node, thp, framed)
+    first, last, count = _zero_rows(zeros, may, node, number, changed, address // np.uint64(size), framed)
     other = np.flatnonzero(has_bytes & ~zero)
     n = len(first)
     at = np.concatenate((first, other))
@@ -104,7 +116,9 @@ def classify(page: pa.RecordBatch, image: int, settings: Settings, regions: np.n
         image=np.full(n + len(other), image, np.int32),
         node=node[at],
         eligible=may[at],
-        huge=thp[at],
+        huge=number[at],
+        thp=flag("huge")[at],
+        volatile=changed[at],
         pages=np.concatenate((count, np.ones(len(other), np.int64))),
         address=address[at],
         region=numbers[np.concatenate((last, other))],
@@ -113,8 +127,8 @@ def classify(page: pa.RecordBatch, image: int, settings: Settings, regions: np.n
         word=np.concatenate((np.zeros(n, np.uint64), word[other])),
         filled=np.concatenate((np.ones(n, bool), filled[other])),
     )
-    colors = _colors(address, zeros & may, zero_mapped & ~by_ksm & may, settings)
-    known = int((may & has_bytes & (framed | flag("exclusive"))).sum())
+    colors = _colors(address, zeros & may & ~changed, zero_mapped & ~by_ksm & may, settings)
+    known = int((may & has_bytes & ~changed & (framed | flag("exclusive"))).sum())
     return Classified(classes, kinds, by_region.reshape(-1, len(REASONS)), colors, known, rows.table())
 
 
@@ -126,7 +140,7 @@ def _first_of(default: int, *cases: tuple[np.ndarray, int]) -> np.ndarray:
     return number
 
 
-def _huge_pages(address: np.ndarray, huge: np.ndarray, zero: np.ndarray, page_size: int) -> np.ndarray:
+def _huge_pages(address: np.ndarray, huge: np.ndarray, zero: np.ndarray, size: int) -> np.ndarray:
     """int64[n]: numbers of the huge pages of zero pages, and of all pages of those that may have one zero page; else 0.
 
     The first and the last of these rows may have more pages than are here.
@@ -135,7 +149,6 @@ def _huge_pages(address: np.ndarray, huge: np.ndarray, zero: np.ndarray, page_si
     at = np.flatnonzero(huge)
     if len(at) == 0:
         return number
-    size = page_size * (page_size // 8)  # PMD_SIZE: what a page of page table entries maps
     number[at] = (address[at] // np.uint64(size)).astype(np.int64) + 1
     found, zeros = np.unique(number[huge & zero], return_counts=True)
     lone = np.concatenate((found[zeros == 1], number[at[[0, -1]]]))
@@ -151,23 +164,24 @@ def _colors(address: np.ndarray, zero: np.ndarray, fault: np.ndarray, settings: 
     return np.stack(counts, axis=1).astype(np.int64)
 
 
-def combine(contents: Sequence[pa.Table]) -> pa.Table:
-    """`shard_content` rows -> the table: a row for each (digest, image, node, eligible, huge), sorted.
+def combine(contents: Sequence[pa.Table], page_size: int) -> pa.Table:
+    """`shard_content` rows -> the table: a row for each key that its definition names, sorted.
 
     Rows of a content of which any row has a frame stay apart, in order of address: what KSM makes
     of them depends on it. In tree.merge(), any grouping of rows by shards gives the same.
     """
     if not any(map(len, contents)):
         return SHARD_CONTENT.schema.empty_table()
-    digest, image, node, may, huge, pages, address, region, frame, word = (
+    digest, image, node, may, huge, thp, volatile, pages, address, region, frame, word = (
         joined(contents, name) for name in SHARD_CONTENT.schema.names
     )
     framed, filled = (_present(contents, name) for name in ("frame", "fill_word"))
-    rows = _Rows(digest, image, node, may, huge, pages, address, region, frame, framed, word, filled)
+    rows = _Rows(digest, image, node, may, huge, thp, volatile, pages, address, region, frame, framed, word, filled)
     high, low = digest_words(rows.digest)
-    order = order_by(high, low, rows.image, rows.node, rows.eligible, rows.huge, rows.address)
+    order = order_by(high, low, rows.image, rows.node, rows.eligible, rows.huge, rows.volatile, rows.address)
     high, low, rows = high[order], low[order], rows.take(order)
-    starts = group_starts(high, low, rows.image, rows.node, rows.eligible, rows.huge)
+    block = rows.address // np.uint64(huge_page_bytes(page_size))
+    starts = group_starts(high, low, rows.image, rows.node, rows.eligible, rows.huge, rows.volatile, block)
     if rows.framed.any():
         of_content = group_starts(high, low)
         apart = np.repeat(group_any(rows.framed, of_content), np.diff(of_content, append=len(order)))
@@ -201,6 +215,8 @@ class _Rows:
     node: np.ndarray
     eligible: np.ndarray
     huge: np.ndarray
+    thp: np.ndarray
+    volatile: np.ndarray
     pages: np.ndarray
     address: np.ndarray
     region: np.ndarray
@@ -217,6 +233,8 @@ class _Rows:
             _taken(self.node, at),
             _taken(self.eligible, at),
             _taken(self.huge, at),
+            _taken(self.thp, at),
+            _taken(self.volatile, at),
             self.pages[at],
             self.address[at],
             _taken(self.region, at),
@@ -236,6 +254,8 @@ class _Rows:
             self.node,
             self.eligible,
             self.huge,
+            self.thp,
+            self.volatile,
             self.pages if pages is None else pages,
             self.address if address is None else address,
             self.region if region is None else region,
@@ -250,16 +270,25 @@ def _taken(column: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def _zero_rows(
-    zero: np.ndarray, may: np.ndarray, node: np.ndarray, thp: np.ndarray, framed: np.ndarray
+    zero: np.ndarray,
+    may: np.ndarray,
+    node: np.ndarray,
+    huge: np.ndarray,
+    volatile: np.ndarray,
+    block: np.ndarray,
+    framed: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Zero pages by (node, eligible, huge page): first row, last row, pages; one by one if any has a frame."""
+    """Zero pages by (node, eligible, huge page, volatile, block): first row, last row, pages.
+
+    One by one if any has a frame. block: number of the aligned frame of the size of a huge page, ascending.
+    """
     at = np.flatnonzero(zero)
     if len(at) == 0 or framed[at].any():
         return at, at, np.ones(len(at), np.int64)
-    columns = [column[at] for column in (node, may, thp)]
+    columns = [column[at] for column in (node, may, huge, volatile)]
     if any(bool((column != column[0]).any()) for column in columns):
         order = np.lexsort((at, *reversed(columns)))
         at, columns = at[order], [column[order] for column in columns]
-    starts = group_starts(*columns)
+    starts = group_starts(*columns, block[at])
     ends = np.append(starts[1:], len(at))
     return at[starts], at[ends - 1], ends - starts

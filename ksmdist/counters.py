@@ -146,6 +146,8 @@ def predict(sharing: Sharing, settings: Settings) -> Prediction:
 
     scans_done = settings.full_scans
     tally.volatile += int(volatile.sum())
+    if scans_done is not None and settings.smart_scan:  # should_skip_rmap_item asks no checksum
+        tally.skipped += int(volatile.sum()) * (scans_done - processed_scans(scans_done))
     zero_items = scans_done is not None and scans_done < 3  # the item of a page gone to the zero page goes a scan late
     gone = tally.dropped + (0 if zero_items else tally.zero_pages)
     rmap_items = candidates + volatile - gone
@@ -413,9 +415,9 @@ def summary(prediction: Prediction, settings: Settings) -> dict[str, object]:
     }
 
 
-def counters_table(counters: Counters, settings: Settings) -> pa.Table:
-    """The `counters` table: one row."""
-    row = settings.as_dict() | exported(counters, settings)
+def counters_table(counters: Counters, settings: Settings, volatile: str) -> pa.Table:
+    """A row of the `counters` table. volatile: excluded or included."""
+    row = settings.as_dict() | exported(counters, settings) | {"volatile": volatile}
     return pa.Table.from_pylist([{name: row[name] for name in COUNTERS.schema.names}], schema=COUNTERS.schema)
 
 

@@ -16,13 +16,31 @@ import xxhash
 from ksmdist.columns import arrow, codes, present, values
 from ksmdist.tables import PAGE, PAGE_FLAGS
 
-__all__ = ["digest_pages", "fill_digest"]
+__all__ = ["checksum_pages", "digest_pages", "fill_digest", "hash_rows"]
 
 
 @functools.cache
 def fill_digest(word: int, page_size: int) -> bytes:
     """Digest of a page filled with one little-endian 64-bit word; 0 gives the zero page's."""
     return xxhash.xxh3_128_digest(word.to_bytes(8, "little") * (page_size // 8))
+
+
+def hash_rows(rows: np.ndarray) -> np.ndarray:
+    """Pages, uint8[n, page_size] -> their digests, uint8[n, 16]."""
+    return np.frombuffer(b"".join(map(xxhash.xxh3_128_digest, rows)), np.uint8).reshape(-1, 16)
+
+
+def checksum_pages(batch: pa.RecordBatch, page_size: int) -> np.ndarray:
+    """A `memory_image` batch -> uint32[n]: each page's checksum as ksmd computes it, 0 where it has no bytes.
+
+    mm/ksm.c, calc_checksum ("ksm: replace jhash2 with xxhash", Linux 5.0): the low 32 bits of
+    xxhash(page, PAGE_SIZE, 0), which is xxh64 on 64-bit.
+    """
+    content = batch.column("content")
+    rows = _rows(content, page_size)
+    checksum = np.zeros(len(batch), np.uint32)
+    checksum[present(content)] = np.fromiter(map(xxhash.xxh64_intdigest, rows), np.uint64, len(rows)).astype(np.uint32)
+    return checksum
 
 
 def digest_pages(batch: pa.RecordBatch, page_size: int) -> pa.RecordBatch:

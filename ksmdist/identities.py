@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
 
 from ksmdist.counters import RMAP_ITEM_BYTES, Prediction
 from ksmdist.errors import IdentityError
 from ksmdist.mappings import PATTERN_COLUMNS
+from ksmdist.schema import Table
 from ksmdist.settings import Settings
 from ksmdist.sharing import Sharing
-from ksmdist.tables import CLASSES, KINDS
+from ksmdist.tables import CLASSES, CUMULATIVE, HUGE, KINDS, POLICY, SPECTRUM_BUCKETS
 from ksmdist.tree import ALL_NODES
 
 __all__ = ["Identity", "check"]
@@ -37,11 +41,12 @@ def check(
     stable_copies: int,
     planned_pages: int,
     lost_pages: int,
+    tables: Mapping[str, pa.Table],
 ) -> list[Identity]:
     """The identities of docs/design.md, from independent sums; raises IdentityError if one fails.
 
     stable_copies: sum of `copies` over all stable_tree files; planned_pages: pages in all shards;
-    lost_pages: those of them that could not be read.
+    lost_pages: those of them that could not be read; tables: policy, spectrum_buckets, cumulative and huge, by name.
     """
     classes = {name: int(sharing.of_images(name).sum()) for name in CLASSES}
     spectrum = sharing.spectrum[sharing.spectrum[:, 0] == ALL_NODES]
@@ -92,6 +97,7 @@ def check(
             int(process_profit.sum()),
         ),
     ]
+    identities += _of_tables(tables, candidates, int(count.sum()), counters.saved_bytes)
     if settings.full_scans is None:
         left = int(prediction.left[:, 3].sum()) + classes["volatile"]
         identities.append(
@@ -99,6 +105,23 @@ def check(
         )
     _raise_unless_all_hold(identities)
     return identities
+
+
+def _of_tables(tables: Mapping[str, pa.Table], candidates: int, contents: int, saved_bytes: int) -> list[Identity]:
+    """Those of what analysts open. candidates, contents: pages and contents of the spectrum."""
+
+    def column(table: Table, name: str) -> np.ndarray:
+        return np.asarray(tables[table.name].column(name).to_numpy())
+
+    last = slice(-1, None)
+    return [
+        Identity("saved by policy all = saved", int(column(POLICY, "saved_bytes")[last].sum()), saved_bytes),
+        Identity("pages in buckets = candidates", int(column(SPECTRUM_BUCKETS, "pages").sum()), candidates),
+        Identity("contents in buckets = contents", int(column(SPECTRUM_BUCKETS, "contents").sum()), contents),
+        Identity("pages added image by image = candidates", int(column(CUMULATIVE, "pages").sum()), candidates),
+        Identity("contents added image by image = contents", int(column(CUMULATIVE, "contents_added").sum()), contents),
+        Identity("pages in huge frames = candidates", int(column(HUGE, "pages").sum()), candidates),
+    ]
 
 
 def _raise_unless_all_hold(identities: Sequence[Identity]) -> None:

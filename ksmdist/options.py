@@ -1,13 +1,15 @@
-"""Options and arguments that several commands have: type, name and help, once."""
+"""Options and arguments that several commands have: type, name and help, once; and settings made of them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ksmdist.settings import KERNELS
+from ksmdist.errors import SettingsError
+from ksmdist.settings import KERNELS, Settings
 
 __all__ = [
     "Address",
@@ -32,6 +34,7 @@ __all__ = [
     "Sources",
     "TaskMemory",
     "UseZeroPages",
+    "with_knobs",
 ]
 
 Sources = Annotated[
@@ -99,3 +102,15 @@ SleepMillisecs = Annotated[
 Image = Annotated[str | None, typer.Option("--image", metavar="ID", help="This image alone.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def with_knobs(settings: Settings, **knobs: object) -> Settings:
+    """The settings with these instead, None left as it is; raises SettingsError."""
+    given = {name: value for name, value in knobs.items() if value is not None}
+    limit = given.get("max_page_sharing")
+    if limit is not None:
+        text = str(limit)
+        if text != "unlimited" and not (text.isascii() and text.isdecimal()):
+            raise SettingsError(f"{text!r} is not a number", "max_page_sharing", "use 2 or more, or unlimited")
+        given["max_page_sharing"] = None if text == "unlimited" else int(text)
+    return replace(settings, **given)  # type: ignore[arg-type]  # Settings checks them

@@ -7,42 +7,33 @@ tables. It touches no page, and no table that grows with pages; stages.py is wha
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ksmdist import checkpoint, counters, engines, identities, plan, roster, runs, scanned, stages, store
+from ksmdist import checkpoint, checksums, engines, outcome, plan, roster, runs, stages, store
+from ksmdist import previous as earlier_run
 from ksmdist.checkpoint import Checkpoint
-from ksmdist.counters import Prediction
+from ksmdist.contents import Seen
 from ksmdist.engines import Engine, Stage
 from ksmdist.errors import EngineError, KsmdistError, RunDirectoryError, SettingsError
 from ksmdist.images.uris import is_uri
+from ksmdist.passes import Compared
 from ksmdist.plan import Estimate, Plan
+from ksmdist.previous import History
 from ksmdist.runs import Run
 from ksmdist.scanned import Opened, Scanned
 from ksmdist.settings import Settings
-from ksmdist.sharing import Sharing
-from ksmdist.tables import (
-    CLASSES,
-    COUNTERS,
-    HOLES,
-    IMAGES,
-    KINDS,
-    KSM_STAT,
-    REGIONS,
-    TABLES,
-    WHATIF,
-    ZERO_COLORS,
-)
+from ksmdist.tables import KSM_STAT, REGIONS, SHARING, TABLES
 from ksmdist.timings import Clock, NoProgress, Progress, metrics
-from ksmdist.totals import Merged, Totals
+from ksmdist.totals import Totals
+from ksmdist.tree import Owners
 from ksmdist.version import __version__
-from ksmdist.whatif import grid
 
 __all__ = ["Planned", "estimate", "resume", "run"]
 
@@ -58,11 +49,14 @@ def run(
     progress: Progress | None = None,
     manifest: str | None = None,
     strict: bool = False,
+    previous: str | os.PathLike[str] | None = None,
 ) -> Run:
     """Scan memory images, merge what they share, count it as KSM would, and write the run directory.
 
     paths: of images, or URIs, globs and directories (fleet.py); manifest: a file that names more.
     Images of a node that is not in the cluster are holes; with strict, an EngineError.
+    previous: an earlier run of these images, by image id: pages that changed since are volatile. So are those that
+    changed since the pass before, where the manifest has several passes of an image.
     The tables written depend on the images and the settings alone: not on the engine, the number
     of workers, ranges or pages in a shard, nor on the order of the images, nor on what failed on the way.
     Raises KsmdistError; then nothing is left at `out`, and what tasks have finished is in `out`.partial,
@@ -72,14 +66,22 @@ def run(
     settings = settings or Settings()
     progress = progress or NoProgress()
     checkpoint.check_free(_absolute(out))
-    with roster.opened(paths, manifest, settings, engine, address, progress, clock, strict) as looked:
+    before = None if previous is None else Path(os.path.abspath(previous))
+    more = [] if before is None else earlier_run.sources(before, settings.page_size)
+    with roster.opened(paths, manifest, settings, engine, address, progress, clock, strict, more) as looked:
         opened, left_out, choice, runner = looked
+        if before is not None and more:
+            earlier_run.check_images(before, opened)
+            before = None
+        if before is not None or any(image.earlier for image in opened):
+            settings = replace(settings, checksums=True)
         machines = runner.machines()
         settings = plan.fill(settings, sum(image.info.pages for image in opened), machines.memory_a_cpu)
         described = {
             "settings": settings.as_dict(),
             "images": [image.as_json() for image in opened],
             "left_out": [list(pair) for pair in left_out],
+            "previous": None if before is None else str(before),
         }
         return _run(Checkpoint.begin(_absolute(out), described), Path(out), runner, choice, progress, clock)
 
@@ -102,7 +104,7 @@ def resume(
         held.finish()
         held.close()
         return runs.load(out)
-    settings, opened, _ = _planned(held)
+    settings, opened, _, _ = _planned(held)
     if task_memory is not None:
         held.plan["settings"] = replace(settings, task_memory=task_memory).as_dict()
     try:
@@ -160,13 +162,17 @@ def estimate(
         return Planned(settings, found, choice, missing)
 
 
-def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, str]]]:
-    """What plan.json says; raises RunDirectoryError where it is not what run() wrote."""
+def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, str]], Path | None]:
+    """What plan.json says: settings, images, files left out, the run before.
+
+    Raises RunDirectoryError where it is not what run() wrote.
+    """
     try:
         return (
             Settings(**held.plan["settings"]),
             [Opened.from_json(image) for image in held.plan["images"]],
             [(str(name), str(why)) for name, why in held.plan["left_out"]],
+            None if held.plan["previous"] is None else Path(held.plan["previous"]),
         )
     except (KeyError, TypeError, ValueError, SettingsError) as error:
         held.close()
@@ -177,10 +183,10 @@ def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, 
 
 def _run(held: Checkpoint, out: Path, runner: Engine, choice: engines.Choice, progress: Progress, clock: Clock) -> Run:
     """All that follows the plan; on failure what is finished is kept, and the error says so."""
-    settings, opened, left_out = _planned(held)
+    settings, opened, left_out, previous = _planned(held)
     planned = plan.plan([image.info.pages for image in opened], [image.node for image in opened], settings)
     try:
-        done = _flow(held, out, planned, opened, left_out, runner, choice, progress, clock)
+        done = _flow(held, out, planned, opened, left_out, previous, runner, choice, progress, clock)
         held.finish()
     except BaseException as error:
         finished, complete = held.finished(), held.complete
@@ -203,6 +209,7 @@ def _flow(
     planned: Plan,
     opened: Sequence[Opened],
     left_out: Sequence[tuple[str, str]],
+    previous: Path | None,
     runner: Engine,
     choice: engines.Choice,
     progress: Progress,
@@ -214,6 +221,12 @@ def _flow(
     infos = [image.info for image in opened]
     ids = [image.image_id for image in opened]
     total = sum(info.pages for info in infos)
+
+    # Passes before the one that is counted.
+    history = History.of(None if previous is None else earlier_run.load(previous, ids), ids)
+    for number in range(max((len(image.earlier) for image in opened), default=0)):
+        _earlier_pass(number, history, directory, opened, settings, runner)
+        clock.lap("checksum", f"pass {number + 1}", progress)
 
     # Map.
     found = [Scanned.nothing(info, settings) for info in infos]
@@ -236,14 +249,23 @@ def _flow(
     scan = functools.partial(stages.scan, directory, names, settings, stages.read_shards)
     tasks = [
         stages.Scan(
-            task, {shard.image: opened[shard.image] for shard in task.shards}, plan.ancestors(levels, task.number)
+            task,
+            {shard.image: opened[shard.image] for shard in task.shards},
+            plan.ancestors(levels, task.number),
+            history.of_task(task),
         )
         for task in planned.tasks
     ]
-    _need_nodes(runner, tasks, directory)
+    _need_nodes(runner, tasks, directory, settings)
     runner.run(
         Stage(
-            "scan", scan, _describe_scan, functools.partial(_node_of, directory), _figures, planned.scan_memory, False
+            "scan",
+            scan,
+            _describe_scan,
+            functools.partial(_node_of, directory, settings),
+            _figures,
+            planned.scan_memory,
+            False,
         ),
         tasks,
         on_scanned,
@@ -261,7 +283,7 @@ def _flow(
         runner.run(
             Stage(
                 "combine",
-                functools.partial(stages.combine, directory, settings.ranges),
+                functools.partial(stages.combine, directory, settings),
                 lambda c: f"combine {c.number} of level {c.level}: results [{c.first}, {c.last})",
                 engines.any_node,
                 _figures,
@@ -271,6 +293,7 @@ def _flow(
             on_combined,
         )
         clock.lap("combine", f"{len(level)} tasks, {written.total:,} rows left", progress)
+    history.add({number: image.number for number, image in enumerate(opened)}, [one.compared for one in found])
     results = [(len(levels), number) for number in range(len(levels[-1] if levels else tasks))]
 
     # Reduce. Merges that an earlier driver finished are done again, and may have cut the ranges otherwise.
@@ -279,19 +302,27 @@ def _flow(
     merges = [
         stages.Merge(piece, written.offsets[:, piece.range], written.offsets[:, piece.range + 1]) for piece in pieces
     ]
-    totals = Totals(len(infos))
+    groups = plan.groups([info.pages for info in infos])
+    owners = Owners(ids, [info.host for info in infos], [info.tenant for info in infos])
+    totals = Totals(len(infos), settings.contents)
+    changing = Totals(len(infos), 0) if history.images else None
+    sets = np.zeros((len(pieces), 2), np.int64)
+    frames = np.zeros((len(pieces), len(groups)), np.int64)
 
-    def on_merged(_: int, merged: Merged) -> None:
-        totals.add(merged)
+    def on_merged(number: int, settled: stages.Settled) -> None:
+        totals.add(settled.merged)
+        if changing is not None:
+            changing.add(settled.changing or settled.merged)
+        sets[number], frames[number] = settled.sets.offsets, settled.frames.offsets
         progress.merged(len(pieces))
 
     runner.run(
         Stage(
             "merge",
-            functools.partial(stages.merge, directory, results, settings.ranges, ids, [info.host for info in infos]),
+            functools.partial(stages.merge, directory, results, settings, owners, groups),
             functools.partial(_describe_merge, len(pieces)),
             engines.any_node,
-            lambda merged: {"rows": merged.rows},
+            lambda settled: {"rows": settled.rows},
             settings.task_memory,
         ),
         merges,
@@ -299,60 +330,73 @@ def _flow(
     )
     clock.lap("merge", f"{len(pieces)} ranges, {written.total:,} rows", progress)
 
+    # What images share with each other, and what the contents merged most are.
+    related: dict[int, tuple[pa.Table, int]] = {}
+    runner.run(
+        Stage(
+            "relate",
+            functools.partial(stages.relate, directory, settings, ids),
+            lambda task: f"relate images [{task.first}, {task.last})",
+            engines.any_node,
+            lambda result: {"rows": result[1]},
+            settings.task_memory,
+        ),
+        [
+            stages.Related(number, first, last, sets, frames[:, number : number + 2], totals.shares[:, [4, 2]])
+            for number, (first, last) in enumerate(itertools.pairwise(groups))
+        ],
+        related.__setitem__,
+    )
+    seen: dict[int, Seen] = {}
+    looks = outcome.looks(totals.top, opened)
+    runner.run(
+        Stage(
+            "inspect",
+            stages.inspect,
+            lambda task: f"inspect {len(task.rows)} contents",
+            lambda task: task.node,
+            lambda result: {"contents": len(result)},
+        ),
+        looks,
+        lambda _, result: seen.update(result),
+    )
+    clock.lap("relate", f"{len(related)} tasks, {len(seen):,} contents looked at", progress)
+
     # Count.
-    holes_table = scanned.holes_table(holes, opened, settings.page_size)
-    images_table = scanned.images_table(opened, holes_table, found, totals.shares)
-    sharing = Sharing.of(images_table, names, totals.spectrum(), totals.image_spectrum(), totals.patterns())
-    prediction = counters.predict(sharing, settings)
-    known = sum(hole.pages for image in opened for hole in image.holes)
-    lost = sum(pages or 0 for pages in holes_table.column("pages").to_pylist()) - known
-    checked = identities.check(sharing, prediction, settings, totals.stable_copies, total, lost)
-    tables = sharing.tables() | {
-        IMAGES.name: images_table,
-        HOLES.name: holes_table,
-        REGIONS.name: scanned.regions_table(infos, found),
-        ZERO_COLORS.name: scanned.colors_table(found),
-        COUNTERS.name: counters.counters_table(prediction.counters, settings),
-        KSM_STAT.name: counters.ksm_stat_table(prediction, sharing, settings),
-        WHATIF.name: grid(sharing, settings),
-    }
+    done = outcome.Outcome(
+        settings=settings,
+        opened=opened,
+        left_out=left_out,
+        region_names=names,
+        found=found,
+        holes=holes,
+        pages=total,
+        totals=totals,
+        changing=changing,
+        huge=[related[number][0] for number in range(len(related))],
+        seen=seen,
+        history=history,
+    )
+    tables = done.tables()
     for name, table in tables.items():
         store.write_table(table, TABLES[name], directory)
-    clock.lap("count", f"{len(sharing.spectrum):,} rows of the spectrum", progress)
+    parts = [checkpoint.related_file(directory, SHARING.name, number) for number in range(len(related))]
+    store.join_tables(parts, SHARING, directory)
+    clock.lap("count", f"{len(done.sharing.spectrum):,} rows of the spectrum", progress)
 
-    missing = [image.image_id for image in opened if not image.reached]
-    summary = _summary(sharing, holes_table, prediction, settings) | {
-        "zero_colors": tables[ZERO_COLORS.name].to_pylist(),
-        "engine": choice.name,
-        "engine_why": choice.why,
-        "run": os.fspath(out),
-    }
-    summary["holes"] |= {"images": missing}
-    caveats = [f"{image.image_id}: {caveat}" for image in opened for caveat in image.info.caveats]
-    caveats += [f"left out: {name}: {why}" for name, why in left_out]
-    caveats = list(dict.fromkeys(caveats))
+    engine = {"name": choice.name, "why": choice.why, "tasks": len(tasks), "shards": planned.shards}
+    summary = done.summary() | {"engine": choice.name, "engine_why": choice.why, "run": os.fspath(out)}
     laps = clock.laps
     store.write_text(metrics(laps, summary, len(tasks), len(pieces), again), directory, "metrics.prom")
-    store.write_manifest(
-        {
-            "run_version": store.RUN_VERSION,
-            "ksmdist": __version__,
-            "settings": settings.as_dict(),
-            "images": [_of_manifest(image) for image in opened],
-            "engine": {"name": choice.name, "why": choice.why, "tasks": len(tasks), "shards": planned.shards},
-            "timings": {
-                "start_s": round(laps.get("open", 0) + laps["start"], 3),
-                "scan_s": round(laps["scan"], 3),
-                "combine_s": round(laps.get("combine", 0), 3),
-                "merge_s": round(laps["merge"] + laps["count"], 3),
-            },
-            "identities": [asdict(identity) | {"holds": identity.holds} for identity in checked],
-            "caveats": caveats,
-            "summary": summary,
-        },
-        directory,
-    )
-    return Run(out, summary, settings, sharing, tables[REGIONS.name], tables[KSM_STAT.name], tuple(caveats))
+    timings = {
+        "start_s": round(laps.get("open", 0) + laps["start"], 3),
+        "scan_s": round(laps["scan"], 3),
+        "combine_s": round(laps.get("combine", 0), 3),
+        "merge_s": round(laps["merge"] + laps["relate"] + laps["count"], 3),
+    }
+    manifest = done.manifest() | {"ksmdist": __version__, "engine": engine, "timings": timings, "summary": summary}
+    store.write_manifest(manifest, directory)
+    return Run(out, summary, settings, done.sharing, tables[REGIONS.name], tables[KSM_STAT.name], done.caveats)
 
 
 class _Written:
@@ -380,19 +424,55 @@ def _absolute(out: str | os.PathLike[str]) -> Path:
     return Path(path if os.path.islink(path) else os.path.realpath(path))
 
 
-def _node_of(directory: Path, scan: stages.Scan) -> str:
+def _earlier_pass(
+    level: int, history: History, directory: Path, opened: Sequence[Opened], settings: Settings, runner: Engine
+) -> None:
+    """Checksum pass `level`, from 0, of the images that have a later one, and compare it with the one before."""
+    images = {number: image.earlier[level] for number, image in enumerate(opened) if len(image.earlier) > level}
+    sizes = [images[number].info.pages if number in images else 0 for number in range(len(opened))]
+    nodes = [images[number].node if number in images else "" for number in range(len(opened))]
+    planned = plan.plan(sizes, nodes, settings)
+    found = [Compared() for _ in opened]
+
+    def on_checksummed(_: int, result: Mapping[int, Compared]) -> None:
+        for number, compared in result.items():
+            found[number].add(compared)
+
+    runner.run(
+        Stage(
+            "checksum",
+            functools.partial(stages.checksum, directory, level),
+            lambda scan: f"pass {level + 1}: {_describe_scan(scan)}",
+            lambda scan: scan.task.node,
+            lambda result: {"pages": sum(compared.pages for compared in result.values())},
+            planned.scan_memory,
+            False,
+        ),
+        [
+            stages.Scan(
+                task, {shard.image: images[shard.image] for shard in task.shards}, earlier=history.of_task(task)
+            )
+            for task in planned.tasks
+        ],
+        on_checksummed,
+    )
+    files = [stages.pass_file(directory, level, task.number) for task in planned.tasks]
+    history.add({number: image.number for number, image in images.items()}, found, checksums.find(files))
+
+
+def _node_of(directory: Path, settings: Settings, scan: stages.Scan) -> str:
     """The node that must scan it: any, where that is done, and well, and only its mark has to be read."""
-    if not scan.task.node or not stages.is_scanned(directory, scan):
+    if not scan.task.node or not stages.is_scanned(directory, settings, scan):
         return scan.task.node
     return ""
 
 
-def _need_nodes(runner: Engine, tasks: Sequence[stages.Scan], directory: Path) -> None:
+def _need_nodes(runner: Engine, tasks: Sequence[stages.Scan], directory: Path, settings: Settings) -> None:
     """Raises EngineError where a node that must scan something is not there."""
     wanted = {scan.task.node for scan in tasks if scan.task.node}
     missing = wanted - runner.machines().nodes if wanted else set()
     for scan in tasks:
-        if scan.task.node in missing and _node_of(directory, scan):
+        if scan.task.node in missing and _node_of(directory, settings, scan):
             raise EngineError(
                 "has images of this run, and is not in the cluster",
                 f"node {scan.task.node}",
@@ -414,23 +494,3 @@ def _describe_merge(pieces: int, merge: stages.Merge) -> str:
 
 def _figures(result: stages.Result) -> Mapping[str, int]:
     return {"pages": result.mapped.pages, "rows": int(result.written.rows.sum())}
-
-
-def _of_manifest(image: Opened) -> dict[str, object]:
-    """What run.json says of an image: not its regions, which have a table."""
-    left_out = ("regions", "passed_over", "ksm_stat")
-    fields = {name: value for name, value in asdict(image.info).items() if name not in left_out}
-    return fields | {"image_id": image.image_id, "node": image.node, "reached": image.reached}
-
-
-def _summary(sharing: Sharing, holes: pa.Table, prediction: Prediction, settings: Settings) -> dict[str, Any]:
-    """The object `ksmdist run --json` prints. Keys are a promise: they are added to, none goes."""
-    pages = {name: int(sharing.of_images(name).sum()) for name in ("total", "absent", *CLASSES)}
-    return {
-        "pages": pages,
-        "kinds": {name: int(sharing.of_images(f"kind_{name}").sum()) for name in KINDS},
-        "contents": counters.contents(sharing),
-        **counters.summary(prediction, settings),
-        "holes": {"ranges": len(holes), "pages": int(sharing.of_images("unreadable").sum())},
-        "settings": settings.as_dict(),
-    }

@@ -26,6 +26,7 @@ __all__ = [
     "combinations",
     "cut_ranges",
     "fill",
+    "groups",
     "plan",
     "share",
 ]
@@ -238,6 +239,25 @@ def ancestors(levels: Sequence[Sequence[Combination]], number: int) -> tuple[tup
         number //= level[0].last - level[0].first
         found.append((level[0].level, number))
     return tuple(found)
+
+
+_GROUP_PAIRS = 1 << 21  # of images, counted in one task: 48 MiB of sums
+_GROUP_PAGES = 1 << 24
+
+
+def groups(pages: Sequence[int]) -> list[int]:
+    """Images of these many pages -> the first image of each group that is related in one task, and their number.
+
+    A function of the sizes alone: so many images that what each shares with all others fits into a task.
+    """
+    most = max(1, _GROUP_PAIRS // max(1, len(pages)))
+    starts, count = [0], 0
+    for number, image in enumerate(pages):
+        if number > starts[-1] and (number - starts[-1] >= most or count + image > _GROUP_PAGES):
+            starts.append(number)
+            count = 0
+        count += image
+    return [*starts, len(pages)]
 
 
 def cut_ranges(rows: np.ndarray, most_rows: int) -> list[Piece]:

@@ -33,15 +33,21 @@ def opened(
     progress: Progress,
     clock: Clock,
     strict: bool,
+    more: Sequence[Source] = (),
 ) -> Iterator[tuple[list[Opened], list[tuple[str, str]], engines.Choice, Engine]]:
     """Images in the order in which KSM scans them, files left out, and the engine, which is closed after use.
 
-    A cluster's nodes look at the images themselves: the driver need not see them.
+    A cluster's nodes look at the images themselves: the driver need not see them. more: earlier passes of them, which
+    number them from 1 on.
     """
     sources = [fleet.parse(os.fspath(path)) for path in paths]
     if manifest is not None:
         sources += fleet.read_manifest(manifest)
     sources = list(map(fleet.absolute, sources))
+    if sources and more:
+        later = max(source.pass_number or 1 for source in more)
+        sources = [replace(source, pass_number=(source.pass_number or 1) + later) for source in sources]
+        sources += more
     if not sources:
         raise SettingsError("no image was given", "IMAGE", "name one or more memory images, or a manifest")
     choice = engines.choose(engine, address, 0)
@@ -64,7 +70,7 @@ def opened(
 def look(
     runner: Engine, sources: Sequence[Source], settings: Settings, strict: bool
 ) -> tuple[list[Opened], list[tuple[str, str]]]:
-    """Open every source where it is."""
+    """Open every source where it is; passes of an image come together in its last one."""
     nodes = runner.machines().nodes
     missing = [source for source in sources if source.node and source.node not in nodes]
     if missing and strict:
@@ -74,9 +80,6 @@ def look(
             missing[0].uri,
             "start Ray there, with the label ksmdist-host=NAME where it goes by another name, or leave --strict out",
         )
-    later = next((source for source in sources if (source.pass_number or 1) > 1), None)
-    if later is not None:
-        raise SettingsError("passes of an image are not compared yet", str(later), "give the first pass alone")
     there = sorted(
         (source for source in sources if not source.node or source.node in nodes), key=lambda source: source.node
     )
@@ -97,16 +100,44 @@ def look(
     runner.run(stage, tasks, found.__setitem__)
     left_out = [pair for number in range(len(tasks)) for pair in found[number].left_out]
     opened = [
-        Opened("", source.node, _said(source, info), holes)
+        Opened("", source.node, _said(source, info), holes, number=source.pass_number or 1)
         for number in range(len(tasks))
         for source, info, holes in found[number].images
     ]
-    opened += [Opened("", source.node, _unknown(source, settings), reached=False) for source in missing]
+    opened += [
+        Opened("", source.node, _unknown(source, settings), reached=False, number=source.pass_number or 1)
+        for source in missing
+    ]
     if not opened:
         raise SettingsError("no image is left", sources[0].uri, "name the image files themselves")
-    named = [replace(image.info, path=_location(image.info.path, image.node)) for image in opened]
-    opened = [replace(image, image_id=i) for image, i in zip(opened, images.image_ids(named), strict=True)]
-    return sorted(opened, key=lambda image: (image.info.scan_order, image.image_id)), left_out
+    images_of_run = _last_passes(_named(opened), left_out)
+    return sorted(images_of_run, key=lambda image: (image.info.scan_order, image.image_id)), left_out
+
+
+def _named(opened: Sequence[Opened]) -> list[Opened]:
+    """The images with their names, which are unique in each pass."""
+    named = []
+    for number in sorted({image.number for image in opened}):
+        of_pass = [image for image in opened if image.number == number]
+        infos = [replace(image.info, path=_location(image.info.path, image.node)) for image in of_pass]
+        named += [replace(image, image_id=i) for image, i in zip(of_pass, images.image_ids(infos), strict=True)]
+    return named
+
+
+def _last_passes(opened: Sequence[Opened], left_out: list[tuple[str, str]]) -> list[Opened]:
+    """The last pass of each image, with those before it; a pass out of reach is added to left_out, unless the last."""
+    by_id: dict[str, list[Opened]] = {}
+    for image in opened:  # by number, ascending
+        by_id.setdefault(image.image_id, []).append(image)
+    last = []
+    for passes in by_id.values():
+        for image in passes[:-1]:
+            if not image.reached:
+                why = f"its node is not in the cluster: pass {image.number} of {image.image_id} is not compared"
+                left_out.append((_location(image.info.path, image.node), why))
+        earlier = tuple(image for image in passes[:-1] if image.reached)
+        last.append(replace(passes[-1], earlier=earlier if passes[-1].reached else ()))
+    return last
 
 
 def _location(path: str, node: str) -> str:

@@ -14,9 +14,11 @@ from ksmdist import counters, store
 from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.settings import Settings
 from ksmdist.sharing import Sharing
-from ksmdist.tables import IMAGE_SPECTRUM, IMAGES, KSM_STAT, MAPPINGS, REGIONS, SPECTRUM
+from ksmdist.tables import IMAGE_SPECTRUM, IMAGES, KSM_STAT, MAPPINGS, POLICY_SPECTRUM, REGIONS, SPECTRUM
 
 __all__ = ["Run", "load", "whatif"]
+
+_SHARING = (IMAGES, SPECTRUM, IMAGE_SPECTRUM, POLICY_SPECTRUM, MAPPINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def load(path: str | os.PathLike[str]) -> Run:
         raise RunDirectoryError(
             f"has a run.json that is not what it should be: {error}", str(directory), "run it again"
         ) from None
-    tables = {t.name: store.read_table(directory, t) for t in (IMAGES, SPECTRUM, IMAGE_SPECTRUM, MAPPINGS)}
+    tables = {t.name: store.read_table(directory, t) for t in _SHARING}
     regions, ksm_stat = (store.read_table(directory, table) for table in (REGIONS, KSM_STAT))
     try:
         sharing = Sharing.from_tables(tables)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,11 @@ import pyarrow as pa
 
 from ksmdist.classes import Classified
 from ksmdist.images import Hole, ImageInfo
+from ksmdist.passes import Compared
 from ksmdist.settings import Settings
 from ksmdist.tables import CLASSES, HOLES, IMAGES, KINDS, PASSED_OVER, REASONS, REGIONS, ZERO_COLORS
 
-__all__ = ["Mapped", "Opened", "Scanned", "colors_table", "holes_table", "images_table", "regions_table"]
+__all__ = ["Mapped", "Opened", "Scanned", "as_if_still", "colors_table", "holes_table", "images_table", "regions_table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Opened:
     """An image of a run. node: the node that alone has it, "" for any; holes: known from its headers.
 
     reached False: the node is not in the cluster, so that nothing is known but the name.
+    number: of its pass; earlier: its passes before this one, in their order.
     """
 
     image_id: str
@@ -29,6 +31,8 @@ class Opened:
     info: ImageInfo
     holes: tuple[Hole, ...] = ()
     reached: bool = True
+    number: int = 1
+    earlier: tuple[Opened, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """As plan.json keeps it."""
@@ -43,7 +47,10 @@ class Opened:
         for name in ("passed_over", "ksm_stat"):
             info[name] = tuple(map(tuple, info[name]))
         holes = tuple(Hole(**hole) for hole in fields["holes"])
-        return cls(fields["image_id"], fields["node"], ImageInfo(**info), holes, fields["reached"])
+        earlier = tuple(map(cls.from_json, fields["earlier"]))
+        return cls(
+            fields["image_id"], fields["node"], ImageInfo(**info), holes, fields["reached"], fields["number"], earlier
+        )
 
 
 @dataclass(slots=True)
@@ -51,7 +58,7 @@ class Scanned:
     """What scans found of an image: pages by class, kind, region and colour of the zero page.
 
     classes: int64[classes]; kinds: int64[kinds]; regions: int64[regions + 1, reasons]; colors: int64[colors, 2];
-    framed: pages whose frame is known
+    framed: pages whose frame is known; compared: with the pass before, where there is one
     """
 
     classes: np.ndarray
@@ -59,6 +66,7 @@ class Scanned:
     regions: np.ndarray
     colors: np.ndarray
     framed: int = 0
+    compared: Compared = field(default_factory=Compared)
 
     @classmethod
     def nothing(cls, info: ImageInfo, settings: Settings) -> Scanned:
@@ -77,6 +85,8 @@ class Scanned:
         self.regions += other.regions
         self.colors += other.colors
         self.framed += other.framed
+        if isinstance(other, Scanned):
+            self.compared.add(other.compared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +108,7 @@ class Mapped:
                 "regions": np.column_stack([at, scanned.regions[at[:, 0], at[:, 1]]]).tolist(),
                 "colors": scanned.colors.tolist(),
                 "framed": int(scanned.framed),
+                "compared": asdict(scanned.compared),
             }
         return {"images": images, "holes": [[image, asdict(hole)] for image, hole in self.holes], "pages": self.pages}
 
@@ -110,7 +121,7 @@ class Mapped:
             scanned.classes[:], scanned.kinds[:], scanned.colors[:] = found["classes"], found["kinds"], found["colors"]
             for region, reason, count in found["regions"]:
                 scanned.regions[region, reason] = count
-            scanned.framed = found["framed"]
+            scanned.framed, scanned.compared = found["framed"], Compared(**found["compared"])
             images[int(name)] = scanned
         return cls(images, [(image, Hole(**hole)) for image, hole in fields["holes"]], fields["pages"])
 
@@ -135,7 +146,7 @@ def holes_table(holes: Sequence[tuple[int, Hole]], images: Sequence[Opened], pag
 
 
 def images_table(images: Sequence[Opened], holes: pa.Table, found: Sequence[Scanned], shares: np.ndarray) -> pa.Table:
-    """The `images` table. shares: int64[images, 4], pages duplicate, unique, shared within, shared with others."""
+    """The `images` table. shares: int64[images, 5], as totals.Totals has it."""
     ids = [image.image_id for image in images]
     infos = [image.info for image in images]
     unreadable = {image.image_id: 0 if image.reached else None for image in images}
@@ -154,6 +165,7 @@ def images_table(images: Sequence[Opened], holes: pa.Table, found: Sequence[Scan
         "host": [info.host for info in infos],
         "tenant": [info.tenant for info in infos],
         "total": by_class.sum(axis=1),
+        "bytes": by_class.sum(axis=1) * np.array([info.page_size for info in infos], np.int64),
         "absent": [info.pages_absent for info in infos],
         "unreadable": [unreadable[image_id] for image_id in ids],
     }
@@ -162,6 +174,22 @@ def images_table(images: Sequence[Opened], holes: pa.Table, found: Sequence[Scan
     columns |= {"shared_within": shares[:, 2], "shared_with_others": shares[:, 3]}
     columns |= {"frames_known": [scanned.framed for scanned in found]}
     return pa.Table.from_pydict(columns, schema=IMAGES.schema)
+
+
+def as_if_still(images: pa.Table, shares: np.ndarray, changing: np.ndarray) -> pa.Table:
+    """Table `images`, had no page changed between passes. shares, changing: totals.Totals.shares without and with them.
+
+    Of the pages that changed, those that are not among the duplicate and unique ones more are zero pages.
+    """
+    column = {name: images.column(name).to_numpy() for name in ("volatile", "zero", "duplicate", "unique")}
+    more = changing - shares
+    column["zero"] = column["zero"] + column["volatile"] - more[:, 0] - more[:, 1]
+    column["duplicate"], column["unique"] = column["duplicate"] + more[:, 0], column["unique"] + more[:, 1]
+    column["volatile"] = np.zeros(len(images), np.int64)
+    columns = [
+        pa.array(column[field.name]) if field.name in column else images.column(field.name) for field in IMAGES.schema
+    ]
+    return pa.Table.from_arrays(columns, schema=IMAGES.schema)
 
 
 def regions_table(infos: Sequence[ImageInfo], found: Sequence[Scanned]) -> pa.Table:

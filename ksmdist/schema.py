@@ -1,13 +1,18 @@
-"""What a table's definition is made of, and its published form. The tables are in tables/."""
+"""What a table's definition is made of, and its published forms. The tables are in tables/."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-__all__ = ["Column", "Key", "Table", "count", "pages", "render"]
+__all__ = ["Column", "Key", "Table", "count", "pages", "render", "render_index", "render_markdown"]
+
+_WIDTH = 120  # of a line of text in the documents
+_RENDERED = "<!-- Rendered from ksmdist/tables by `make schemas`: edit it there. -->"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,76 @@ def render(table: Table) -> dict[str, object]:
         "metadata": keys,
         "columns": columns,
     }
+
+
+def render_markdown(table: Table) -> str:
+    """A table's page of docs/tables/: where it is, how its rows stand, its metadata, every column."""
+    place = f"File: `{table.file}`." if table.file else "Kept in no file of a run."
+    order = ", ".join(f"`{name}`" for name in table.sort)
+    schema = f"{table.name}.v{table.version}.json"
+    parts = [
+        f"# {table.name}",
+        _RENDERED,
+        _wrapped(table.doc),
+        _wrapped(
+            f"Version {table.version}. {place} Rows are in the order of {order}. As JSON: "
+            f"[schemas/{schema}](../../schemas/{schema})."
+        ),
+        "## Columns",
+        _grid(
+            ("column", "type", "null", "unit", "meaning"),
+            (
+                (f"`{c.name}`", f"`{_type_name(c.type)}`", "yes" if c.nullable else "", c.unit or "", c.doc)
+                for c in table.columns
+            ),
+        ),
+    ]
+    for column in table.columns:
+        if column.bits is not None:
+            bits = ((f"`{name}`", f"`{mask:#x}`") for name, mask in column.bits.items())
+            parts += [f"Bits of `{column.name}`:", _grid(("bit", "mask"), bits)]
+    parts.append("## Metadata")
+    if table.keys:
+        keys = ((f"`{key.name}`", _default(key), key.doc) for key in table.keys)
+        parts.append(_grid(("key", "left out", "meaning"), keys))
+    else:
+        parts.append(f"`ksmdist.table` is `{table.name}`, `ksmdist.version` is `{table.version}`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def render_index(tables: Iterable[Table]) -> str:
+    """The page docs/tables/README.md: all tables, in their order, with their files and what they are."""
+    rows = ((f"[{t.name}]({t.name}.md)", f"`{t.file}`" if t.file else "", _short(t.doc)) for t in tables)
+    text = (
+        "A page for each table, with every column. Files that end in .parquet are in the run directory; those of a "
+        "diff are where the command writes them. Any reader of Parquet will do, with no ksmdist: in DuckDB "
+        "`select * from 'out/contents.parquet'`, in pandas and Polars `read_parquet('out/contents.parquet')`. Where "
+        "there is a file for each range or task, `out/stable_tree/*.parquet` is the table."
+    )
+    return "\n\n".join(("# Tables", _RENDERED, _wrapped(text), _grid(("table", "file", "what"), rows))) + "\n"
+
+
+def _default(key: Key) -> str:
+    """What a key is where a file does not have it."""
+    if key.default is None:
+        return "it must be there"
+    return f"`{key.default}`" if key.default else "empty"
+
+
+def _short(doc: str) -> str:
+    """The first sentence, or what is before its colon; what is in parentheses is not cut."""
+    return re.split(r"(?:[.:] |; )(?![^(]*\))", doc.removesuffix("."))[0]
+
+
+def _wrapped(text: str) -> str:
+    """Text in lines of _WIDTH at most; a word or link is not cut."""
+    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown; `|` in a cell is not the next cell."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def count(name: str, doc: str, unit: str, nullable: bool = False) -> Column:

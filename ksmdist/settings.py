@@ -45,6 +45,8 @@ class Settings:
     ranges:               digest ranges, a power of two; None lets the size of the input decide
     task_memory:          bytes one task may take, 256 MiB or more; None lets the machines decide. A range
                           that would take more is split
+    contents:             most rows of table contents, 0 or more
+    checksums:            keep each page's checksum, so that a later run can say what changed
     fan_in:               most files of scan results that a merge reads; where there are more, they are
                           combined first. 2 or more
 
@@ -67,6 +69,8 @@ class Settings:
     ranges: int | None = None
     task_memory: int | None = None
     fan_in: int = 1024
+    contents: int = 500
+    checksums: bool = False
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -103,6 +107,8 @@ class Settings:
             raise SettingsError(
                 f"{self.task_memory >> 20} MiB are too few for a task", "task_memory", "use 256 MiB or more"
             )
+        if not 0 <= self.contents <= 1 << 20:
+            raise SettingsError(f"{self.contents} is no number of contents", "contents", "use 0 to 1048576")
         if self.fan_in < 2:
             raise SettingsError(f"{self.fan_in} is no number of files to combine", "fan_in", "use 2 or more")
 

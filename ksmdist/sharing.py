@@ -16,7 +16,7 @@ import pyarrow as pa
 from ksmdist.columns import arrow, joined, present, strings, values
 from ksmdist.ksmd import Stretch
 from ksmdist.mappings import PATTERN_COLUMNS, Patterns, pattern_rows
-from ksmdist.tables import IMAGE_SPECTRUM, IMAGES, KINDS, MAPPINGS, SPECTRUM
+from ksmdist.tables import IMAGE_SPECTRUM, IMAGES, KINDS, MAPPINGS, POLICY_SPECTRUM, SCOPES, SPECTRUM
 from ksmdist.tree import ALL_NODES
 
 __all__ = ["Followed", "Pattern", "Sharing"]
@@ -58,6 +58,7 @@ class Sharing:
     spectrum:       int64[n, 5]: numa_node or ALL_NODES, kind, copies, frames, contents
     image_spectrum: int64[n, 7]: numa_node or ALL_NODES, image, copies, before, here, region or -1, contents;
                     only over all nodes where all pages are on one
+    scopes:         int64[n, 5]: numa_node or ALL_NODES, scope, kind, copies, contents
     patterns:       of zero, and of contents that have a frame which fork shares
     """
 
@@ -65,6 +66,7 @@ class Sharing:
     region_names: tuple[str, ...]
     spectrum: np.ndarray
     image_spectrum: np.ndarray
+    scopes: np.ndarray
     patterns: tuple[Pattern, ...]
 
     @classmethod
@@ -74,15 +76,16 @@ class Sharing:
         region_names: Sequence[str],
         spectrum: np.ndarray,
         image_spectrum: np.ndarray,
+        scopes: np.ndarray,
         patterns: Patterns,
     ) -> Sharing:
         """From what merges found: sums over all ranges."""
         read = tuple(Pattern(kind, n, rows) for key, n in patterns.items() for kind, rows in [pattern_rows(key)])
-        return cls(images, tuple(region_names), spectrum, image_spectrum, read)
+        return cls(images, tuple(region_names), spectrum, image_spectrum, scopes, read)
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, pa.Table]) -> Sharing:
-        """From a run's tables images, spectrum, image_spectrum and mappings, by name."""
+        """From a run's tables images, spectrum, image_spectrum, policy_spectrum and mappings, by name."""
         spectrum, by_image, mappings = (tables[table.name] for table in (SPECTRUM, IMAGE_SPECTRUM, MAPPINGS))
         names = sorted({name for table in (by_image, mappings) for name in table.column("region").to_pylist() if name})
         regions = {name: number for number, name in enumerate(names)} | {None: -1}
@@ -100,11 +103,12 @@ class Sharing:
             tuple(names),
             _matrix(spectrum, SPECTRUM.schema.names, regions, kinds),
             _matrix(by_image, IMAGE_SPECTRUM.schema.names, regions, kinds),
+            _matrix(tables[POLICY_SPECTRUM.name], POLICY_SPECTRUM.schema.names, regions, kinds),
             patterns,
         )
 
     def tables(self) -> dict[str, pa.Table]:
-        """The tables spectrum, image_spectrum and mappings, by name."""
+        """The tables spectrum, image_spectrum, policy_spectrum and mappings, by name."""
         lengths = np.array([len(pattern.rows) for pattern in self.patterns], np.int64)
         rows = [pattern.rows for pattern in self.patterns] or [np.zeros((0, len(PATTERN_COLUMNS)), np.int64)]
         numbers = np.arange(len(self.patterns))
@@ -116,6 +120,7 @@ class Sharing:
         return {
             SPECTRUM.name: self._table(SPECTRUM.schema, self.spectrum.T),
             IMAGE_SPECTRUM.name: self._table(IMAGE_SPECTRUM.schema, self.image_spectrum.T),
+            POLICY_SPECTRUM.name: self._table(POLICY_SPECTRUM.schema, self.scopes.T),
             MAPPINGS.name: self._table(MAPPINGS.schema, [mappings[name] for name in MAPPINGS.schema.names]),
         }
 
@@ -135,6 +140,11 @@ class Sharing:
             for pattern, node in nodes
             for number in np.unique(node).tolist()
         )
+
+    @cached_property
+    def tenants(self) -> np.ndarray:
+        """int64[images]: a number for the tenant of each."""
+        return np.unique(np.array(self.images.column("tenant").to_pylist(), object), return_inverse=True)[1]
 
     @property
     def one_node(self) -> bool:
@@ -159,6 +169,8 @@ class Sharing:
         for field, column in zip(schema, columns, strict=True):
             if field.name == "kind":
                 arrays.append(strings(KINDS, column))
+            elif field.name == "scope":
+                arrays.append(strings(SCOPES, column))
             elif field.name == "region":
                 names = np.array([*self.region_names, None], object)
                 arrays.append(pa.array(names[column].tolist(), pa.string()))
@@ -183,10 +195,11 @@ def _followed(pattern: Pattern, rows: np.ndarray) -> Followed:
 def _matrix(table: pa.Table, names: Sequence[str], regions: Mapping[Any, int], kinds: Mapping[str, int]) -> np.ndarray:
     """Columns of a table as int64[n, k]: numbers for names, -1 for null."""
     columns = []
+    scopes = {name: number for number, name in enumerate(SCOPES)}
     for name in names:
         column = table.column(name)
-        if name in ("region", "kind"):
-            numbers = regions if name == "region" else kinds
+        if name in ("region", "kind", "scope"):
+            numbers = {"region": regions, "kind": kinds, "scope": scopes}[name]
             columns.append(np.array([numbers[value] for value in column.to_pylist()], np.int64))
             continue
         chunk = column.combine_chunks()

@@ -8,29 +8,55 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ksmdist import checkpoint, classes, digests, fleet, images, store, tree
+from ksmdist import checkpoint, checksums, classes, contents, digests, fleet, images, passes, store, tree
 from ksmdist.checkpoint import Written
+from ksmdist.checksums import Stretch
+from ksmdist.columns import codes, present, values
+from ksmdist.contents import Seen
 from ksmdist.errors import ImageError, RunDirectoryError
 from ksmdist.fleet import Source
+from ksmdist.huge import HugeFrames
 from ksmdist.images import Hole, ImageInfo, stores
 from ksmdist.images.files import check_unchanged
 from ksmdist.images.uris import is_uri
+from ksmdist.pairs import Pairs
+from ksmdist.passes import Compared
 from ksmdist.plan import Combination, Piece, Task
 from ksmdist.scanned import Mapped, Opened, Scanned
 from ksmdist.settings import Settings
-from ksmdist.tables import STABLE_TREE
-from ksmdist.totals import Merged, pack
+from ksmdist.tables import HUGE_FRAME, IMAGE_SET, SHARING, STABLE_TREE, WHATS
+from ksmdist.totals import Merged
+from ksmdist.tree import Owners
 
-__all__ = ["Found", "Merge", "Result", "Scan", "combine", "is_scanned", "merge", "open_sources", "read_shards", "scan"]
+__all__ = [
+    "Found",
+    "Inspect",
+    "Merge",
+    "Related",
+    "Result",
+    "Scan",
+    "Settled",
+    "checksum",
+    "combine",
+    "inspect",
+    "is_scanned",
+    "merge",
+    "open_sources",
+    "pass_file",
+    "read_shards",
+    "relate",
+    "scan",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +112,15 @@ class _named_by_node:  # noqa: N801  # reads as a statement
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """A task of the map: its shards, their images by number, and the combinations that may stand in its place."""
+    """A task of the map: its shards, their images by number, and the combinations that may stand in its place.
+
+    earlier: by image, how many passes were before, and where the checksums of the last of them are
+    """
 
     task: Task
     images: Mapping[int, Opened]
-    ancestors: tuple[tuple[int, int], ...]
+    ancestors: tuple[tuple[int, int], ...] = ()
+    earlier: Mapping[int, tuple[int, tuple[Stretch, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,39 +132,49 @@ class Result:
     again: bool = False
 
 
-Reader = Callable[[Sequence[str], Settings, Scan], tuple[Mapped, pa.Table]]
-"""Makes a task's `shard_content`, and what the driver is told, of its shards: read_shards()."""
+Reader = Callable[[Sequence[str], Settings, Scan], tuple[Mapped, pa.Table, list[pa.Table]]]
+"""Makes what the driver is told, the `shard_content` and the `checksums` of a task's shards: read_shards()."""
 
 
 def scan(directory: Path, region_names: Sequence[str], settings: Settings, read: Reader, scan: Scan) -> Result:
     """Read, hash, classify and combine the pages of some shards, and write what they hold: the map."""
     number = scan.task.number
-    mark = _mark(directory, scan)
+    mark = _mark(directory, settings, scan)
     if mark is not None:
         infos = {n: image.info for n, image in scan.images.items()}
         return Result(Mapped.from_json(mark[1], infos, settings), mark[0], True)
     assert settings.ranges is not None
     with _named_by_node(scan.task.node):
-        mapped, content = read(region_names, settings, scan)
+        mapped, content, sums = read(region_names, settings, scan)
+    if settings.checksums:
+        compared = {image: found.compared for image, found in mapped.images.items()}
+        checksums.write(_checksums_file(directory, scan), sums, compared)
     parts = tree.split(content, settings.ranges)
     return Result(mapped, checkpoint.write_content(parts, directory, 0, number, mapped.as_json()))
 
 
-def is_scanned(directory: Path, scan: Scan) -> bool:
+def is_scanned(directory: Path, settings: Settings, scan: Scan) -> bool:
     """Whether the task is done, and its result whole or part of a combination."""
-    return _mark(directory, scan) is not None
+    return _mark(directory, settings, scan) is not None
 
 
-def _mark(directory: Path, scan: Scan) -> tuple[Written, Any] | None:
+def _checksums_file(directory: Path, scan: Scan) -> Path:
+    return directory / "checksums" / f"{scan.task.number:05d}.parquet"
+
+
+def _mark(directory: Path, settings: Settings, scan: Scan) -> tuple[Written, Any] | None:
+    if settings.checksums and checksums.read_summary(_checksums_file(directory, scan)) is None:
+        return None
     superseded = any(checkpoint.content_file(directory, *result).exists() for result in scan.ancestors)
     return checkpoint.read_mark(directory, 0, scan.task.number, superseded)
 
 
-def read_shards(region_names: Sequence[str], settings: Settings, scan: Scan) -> tuple[Mapped, pa.Table]:
-    """The pages of a task's shards -> what the driver is told, and their `shard_content`, combined."""
+def read_shards(region_names: Sequence[str], settings: Settings, scan: Scan) -> tuple[Mapped, pa.Table, list[pa.Table]]:
+    """The pages of a task's shards -> what the driver is told, their `shard_content`, combined, and their checksums."""
     found: dict[int, Scanned] = {}
     holes: list[tuple[int, Hole]] = []
     content: list[pa.Table] = []
+    sums: list[pa.Table] = []
     for shard in scan.task.shards:
         info = scan.images[shard.image].info
         scanned = found.setdefault(shard.image, Scanned.nothing(info, settings))
@@ -145,11 +185,63 @@ def read_shards(region_names: Sequence[str], settings: Settings, scan: Scan) -> 
                 holes.append((shard.image, item))
                 continue
             page = digests.digest_pages(item, info.page_size)
-            classified = classes.classify(page, shard.image, settings, regions)
+            volatile = None
+            if settings.checksums:
+                volatile, of_batch, compared = _compared(item, shard.image, info.page_size, scan.earlier)
+                scanned.compared.add(compared)
+                sums.append(of_batch)
+            classified = classes.classify(page, shard.image, settings, regions, volatile)
             scanned.add(classified)
             content.append(classified.content)
         check_unchanged(info.path, info.fingerprint)
-    return Mapped(found, holes, scan.task.pages), classes.combine(content)
+    return Mapped(found, holes, scan.task.pages), classes.combine(content, settings.page_size), sums
+
+
+def _compared(
+    batch: pa.RecordBatch, image: int, page_size: int, earlier: Mapping[int, tuple[int, tuple[Stretch, ...]]]
+) -> tuple[np.ndarray, pa.Table, Compared]:
+    """Pages of a batch: which are volatile, their `checksums`, and how they compare with the pass before."""
+    address, has_bytes = values(batch.column("address")), present(batch.column("content"))
+    checksum = digests.checksum_pages(batch, page_size)
+    count, stretches = earlier.get(image, (0, ()))
+    before = None
+    if count and len(address):
+        before = checksums.read(stretches, int(address[0]), int(address[-1]))
+    volatile, age, compared = passes.compare(address, checksum, has_bytes, before, count)
+    return volatile, passes.checksums_table(image, address, checksum, age, has_bytes), compared
+
+
+def pass_file(directory: Path, level: int, number: int) -> Path:
+    """Where a task of earlier passes leaves its checksums. level: how many passes of these images were before."""
+    return directory / "work" / f"pass-{level}-{number:05d}.parquet"
+
+
+def checksum(directory: Path, level: int, scan: Scan) -> dict[int, Compared]:
+    """Checksum the pages of an earlier pass, and keep them for the next: how they compare with the one before.
+
+    scan.images: as they are in this pass; level: how many of these passes were before.
+    """
+    path = pass_file(directory, level, scan.task.number)
+    done = checksums.read_summary(path)
+    if done is not None:
+        return done
+    found: dict[int, Compared] = {}
+    sums: list[pa.Table] = []
+    with _named_by_node(scan.task.node):
+        for shard in scan.task.shards:
+            info = scan.images[shard.image].info
+            of_image = found.setdefault(shard.image, Compared())
+            image = _reopened(info.path, info.page_size, info.format, info.fingerprint)
+            for item in image.batches(shard.start, shard.end):
+                if isinstance(item, Hole):
+                    of_image.lost += item.pages
+                    continue
+                _, of_batch, compared = _compared(item, shard.image, info.page_size, scan.earlier)
+                of_image.add(compared)
+                sums.append(of_batch)
+            check_unchanged(info.path, info.fingerprint)
+    checksums.write(path, sums, found)
+    return found
 
 
 @functools.lru_cache(maxsize=4)
@@ -161,7 +253,7 @@ def _reopened(path: str, page_size: int, format: str, fingerprint: str) -> image
     return image
 
 
-def combine(directory: Path, ranges: int, combination: Combination) -> Result:
+def combine(directory: Path, settings: Settings, combination: Combination) -> Result:
     """Combine results of the level below to one, a range at a time, and remove them: a step of the tree of merges."""
     level, number = combination.level, combination.number
     superseded = any(checkpoint.content_file(directory, *result).exists() for result in combination.ancestors)
@@ -171,7 +263,7 @@ def combine(directory: Path, ranges: int, combination: Combination) -> Result:
         written = mark[0]
     else:
         try:
-            written = checkpoint.write_content(_combined(directory, ranges, members), directory, level, number, {})
+            written = checkpoint.write_content(_combined(directory, settings, members), directory, level, number, {})
         except RunDirectoryError:
             mark = checkpoint.read_mark(directory, level, number)  # of another worker at the same task
             if mark is None:
@@ -183,10 +275,11 @@ def combine(directory: Path, ranges: int, combination: Combination) -> Result:
     return Result(Mapped({}, (), 0), written, mark is not None)
 
 
-def _combined(directory: Path, ranges: int, members: Sequence[tuple[int, int]]) -> Iterator[pa.Table]:
+def _combined(directory: Path, settings: Settings, members: Sequence[tuple[int, int]]) -> Iterator[pa.Table]:
+    assert settings.ranges is not None
     with closing(checkpoint.Results(directory, members)) as results:
-        for number in range(ranges):
-            yield classes.combine(results.range(number))
+        for number in range(settings.ranges):
+            yield classes.combine(results.range(number), settings.page_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,30 +291,150 @@ class Merge:
     end: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a merge tells the driver.
+
+    changing: the same with pages that changed between passes counted as if they had not; None where there are none.
+    rows:     of `shard_content` that went in
+    sets:     where its `image_set` is in its file; frames: where its `huge_frame` rows are, a batch a group of images
+    """
+
+    merged: Merged
+    changing: Merged | None
+    rows: int
+    sets: Written
+    frames: Written
+
+
 def merge(
     directory: Path,
     results: Sequence[tuple[int, int]],
-    ranges: int,
-    image_ids: Sequence[str],
-    hosts: Sequence[str],
+    settings: Settings,
+    owners: Owners,
+    groups: Sequence[int],
     task: Merge,
-) -> Merged:
-    """Merge one piece of the digests and write its part of the stable tree: the reduce."""
+) -> Settled:
+    """Merge one piece of the digests and write its part of the stable tree, and what relate() takes: the reduce.
+
+    groups: first image of each group of images, and the number of images.
+    """
     piece = task.piece
+    assert settings.ranges is not None
     tables = []
     for table in checkpoint.read_range(directory, results, task.start, task.end):
-        tables.append(table if piece.bits == 0 else checkpoint.compact(tree.narrow(table, ranges, piece)))
+        tables.append(table if piece.bits == 0 else checkpoint.compact(tree.narrow(table, settings.ranges, piece)))
     rows = sum(map(len, tables))
-    merged = tree.merge(tables, image_ids, hosts)
+    merged = tree.merge(tables, owners, settings.page_size, settings.contents)
     store.write_table(merged.stable, STABLE_TREE, directory, piece.number)
-    copies = int(np.sum(merged.stable.column("copies").to_numpy()))
-    return Merged(
-        merged.spectrum,
-        pack(merged.image_spectrum),
-        merged.patterns,
-        merged.split,
-        merged.images,
-        merged.one_node,
-        copies,
-        rows,
+    sets = checkpoint.write_related(
+        checkpoint.related_file(directory, IMAGE_SET.name, piece.number), IMAGE_SET.schema, [merged.sets]
     )
+    image = values(merged.frames.column("image").chunk(0)) if len(merged.frames) else np.zeros(0, np.int32)
+    cuts = np.searchsorted(image, np.array(groups)).tolist()
+    parts = [merged.frames.slice(low, high - low) for low, high in itertools.pairwise(cuts)]
+    frames = checkpoint.write_related(
+        checkpoint.related_file(directory, HUGE_FRAME.name, piece.number), HUGE_FRAME.schema, parts
+    )
+    told = Merged.of(merged)
+    if not any(bool(values(chunk).any()) for table in tables for chunk in table.column("volatile").chunks):
+        return Settled(told, None, rows, sets, frames)
+    del merged
+    changing = tree.merge(tables, owners, settings.page_size, 0, with_volatile=True)
+    return Settled(told, Merged.of(changing), rows, sets, frames)
+
+
+@dataclass(frozen=True, slots=True)
+class Related:
+    """A task of relate: images [first, last), and where what it reads is in the files of each merge.
+
+    sets, frames: int64[merges, 2], first byte and end
+    within: int64[images, 2], contents that an image holds twice or more, and its pages with them
+    """
+
+    number: int
+    first: int
+    last: int
+    sets: np.ndarray
+    frames: np.ndarray
+    within: np.ndarray
+
+
+def relate(directory: Path, settings: Settings, image_ids: Sequence[str], task: Related) -> tuple[pa.Table, int]:
+    """What some images share with those after them, written as a part of table `sharing`, and their huge frames.
+
+    Returns their rows of table `huge`, and how many of `sharing` there are.
+    """
+    pairs = Pairs(task.first, task.last, len(image_ids))
+    huge = HugeFrames(task.first, task.last)
+    for number, (sets, frames) in enumerate(zip(task.sets.tolist(), task.frames.tolist(), strict=True)):
+        path = checkpoint.related_file(directory, IMAGE_SET.name, number)
+        pairs.add(checkpoint.read_batch(path, IMAGE_SET.schema, *sets))
+        path = checkpoint.related_file(directory, HUGE_FRAME.name, number)
+        huge.add(checkpoint.read_batch(path, HUGE_FRAME.schema, *frames))
+    path = checkpoint.related_file(directory, SHARING.name, task.number)
+    written = checkpoint.write_related(path, SHARING.schema, pairs.tables(image_ids, task.within))
+    return huge.table(image_ids, settings.page_size // 8), int(written.rows.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """A task of inspect: contents, by row of totals.Top, to be looked at where their first page is.
+
+    infos: by number of the image; rows, image: int64[n]; address: uint64[n]; digest: uint8[n, 16]
+    """
+
+    node: str
+    infos: Mapping[int, ImageInfo]
+    rows: np.ndarray
+    image: np.ndarray
+    address: np.ndarray
+    digest: np.ndarray
+
+
+def inspect(task: Inspect) -> dict[int, Seen]:
+    """Read the first page of some contents again: what each is, by row; those whose page is there no more are left out.
+
+    No byte of a page leaves it.
+    """
+    seen: dict[int, Seen] = {}
+    there: list[tuple[int, str, bytes | None]] = []
+    for number in np.unique(task.image).tolist():
+        mine = np.flatnonzero(task.image == number)
+        info = task.infos[number]
+        try:
+            image = _reopened(info.path, info.page_size, info.format, info.fingerprint)
+            found = image.find(task.address[mine])
+            order = np.argsort(found)
+            order = order[found[order] >= 0]
+            cuts = np.flatnonzero(np.diff(found[order]) != 1) + 1
+            for run in np.split(order, cuts) if len(order) else []:
+                for batch in image.batches(int(found[run[0]]), int(found[run[-1]]) + 1):
+                    if not isinstance(batch, Hole):
+                        there += _pages(batch, task.address[mine[run]], mine[run], info)
+        except ImageError:  # it is gone, or another by now: what was counted of it stands
+            continue
+    for place, region, _ in (one for one in there if one[2] is None):  # zero pages that KSM had placed
+        seen[int(task.rows[place])] = Seen(WHATS.index("zero"), "the zero page", region)
+    there = [one for one in there if one[2] is not None]
+    if there:
+        rows = np.frombuffer(b"".join(data or b"" for _, _, data in there), np.uint8).reshape(len(there), -1)
+        same = (digests.hash_rows(rows) == task.digest[[place for place, _, _ in there]]).all(axis=1)
+        for (place, region, _), as_read, what in zip(there, same.tolist(), contents.look(rows), strict=True):
+            if as_read:
+                seen[int(task.rows[place])] = Seen(*what, region)
+    return seen
+
+
+def _pages(
+    batch: pa.RecordBatch, wanted: np.ndarray, places: np.ndarray, info: ImageInfo
+) -> Iterator[tuple[int, str, bytes | None]]:
+    """(place, region, bytes or None) of the pages of a batch that are wanted, by their address."""
+    address = values(batch.column("address"))
+    region, has_bytes = codes(batch.column("region")), present(batch.column("content"))
+    rows = np.minimum(np.searchsorted(address, wanted), len(address) - 1)
+    for place, row in zip(
+        places[address[rows] == wanted].tolist(), rows[address[rows] == wanted].tolist(), strict=True
+    ):
+        name = info.regions[region[row]] if region[row] >= 0 else ""
+        yield place, name, batch.column("content")[row].as_py() if has_bytes[row] else None

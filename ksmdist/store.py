@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +24,7 @@ from ksmdist.tables import STABLE_TREE
 
 __all__ = [
     "RUN_VERSION",
+    "join_tables",
     "read_manifest",
     "read_table",
     "whole_file",
@@ -32,7 +33,7 @@ __all__ = [
     "write_text",
 ]
 
-RUN_VERSION = 3
+RUN_VERSION = 4
 """Version of run.json and of the directory's layout."""
 
 
@@ -67,6 +68,30 @@ def write_table(table: pa.Table, definition: Table, run: Path, part: int | None 
         raise RunDirectoryError(
             f"cannot be written: {os.strerror(error.errno) if error.errno else error}",
             str(run / name),
+            "free some space, or choose another directory with -o",
+        ) from None
+
+
+def join_tables(parts: Sequence[Path], definition: Table, run: Path) -> None:
+    """Write a table whose rows lie in these Arrow files, end to end, a record batch at a time.
+
+    Raises RunDirectoryError where it cannot be read or written.
+    """
+    try:
+        with (
+            whole_file(run / definition.file) as sink,
+            pq.ParquetWriter(sink, definition.schema, compression="zstd", compression_level=1) as writer,
+        ):
+            for part in parts:
+                with pa.ipc.open_file(str(part)) as source:
+                    for number in range(source.num_record_batches):
+                        batch = source.get_batch(number)
+                        if len(batch):
+                            writer.write_batch(batch)
+    except (OSError, pa.ArrowException) as error:
+        raise RunDirectoryError(
+            f"cannot be written: {str(error).splitlines()[0]}",
+            str(run / definition.file),
             "free some space, or choose another directory with -o",
         ) from None
 

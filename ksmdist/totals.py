@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ksmdist.mappings import Patterns, add_patterns, mark_split
-from ksmdist.tree import ALL_NODES, add_rows
+from ksmdist.tree import ALL_NODES, RangeTree, Top, add_rows
 
 __all__ = ["Merged", "Packed", "Totals", "pack"]
 
@@ -54,7 +54,7 @@ class Merged:
     """What a merge tells the driver of its piece: small, whatever the piece's size.
 
     Arrays as in tree.RangeTree, image_spectrum packed.
-    stable_copies: copies in its part of the stable tree; rows: that went in.
+    stable_copies: copies in its part of the stable tree
     """
 
     spectrum: np.ndarray
@@ -62,22 +62,45 @@ class Merged:
     patterns: Patterns
     split: np.ndarray
     images: np.ndarray
+    scopes: np.ndarray
+    top: Top
     one_node: int | None
     stable_copies: int
-    rows: int
+
+    @classmethod
+    def of(cls, merged: RangeTree) -> Merged:
+        """What of a merged range the driver is told."""
+        return cls(
+            merged.spectrum,
+            pack(merged.image_spectrum),
+            merged.patterns,
+            merged.split,
+            merged.images,
+            merged.scopes,
+            merged.top,
+            merged.one_node,
+            int(np.sum(merged.stable.column("copies").to_numpy())),
+        )
 
 
 class Totals:
-    """Sums over pieces. shares: int64[images, 4], as the columns of RangeTree.images after the first."""
+    """Sums over pieces. shares: int64[images, 5], as the columns of RangeTree.images after the first.
 
-    def __init__(self, image_count: int) -> None:
-        self.shares = np.zeros((image_count, 4), np.int64)
+    top: the contents with most copies, at most `most`; None before the first piece.
+    """
+
+    def __init__(self, image_count: int, most: int) -> None:
+        self.shares = np.zeros((image_count, 5), np.int64)
         self.stable_copies = 0
+        self.top: Top | None = None
+        self._most = most
+        self._scopes: list[np.ndarray] = []
         self._patterns: dict[bytes, int] = {}
         self._spectra: list[np.ndarray] = []
         # By (node, block of images, whether the piece has no other node): the sum so far, and what was added.
         self._blocks: dict[tuple[int, int, bool], list[Packed]] = {}
         self._split: list[np.ndarray] = []
+        self._nodes: set[int] = set()
 
     def add(self, merged: Merged) -> None:
         """Add a piece."""
@@ -86,6 +109,10 @@ class Totals:
         if merged.patterns:
             self._patterns = add_patterns([self._patterns, merged.patterns])
         self._split.append(merged.split)
+        # Of the spectrum: what has no rows in image_spectrum, such as zero pages, may be on another node.
+        self._nodes |= set(np.unique(merged.spectrum[:, 0]).tolist()) - {ALL_NODES}
+        self.top = merged.top if self.top is None else Top.most([self.top, merged.top], self._most)
+        self._scopes = [add_rows([*self._scopes, merged.scopes])]
         self._spectra = [add_rows([*self._spectra, merged.spectrum])]
         node, image = merged.image_spectrum[:2]
         if merged.one_node is not None:
@@ -104,13 +131,16 @@ class Totals:
         """Sharing.spectrum."""
         return add_rows(self._spectra)
 
+    def scopes(self) -> np.ndarray:
+        """Rows of table `policy_spectrum`: numa_node or ALL_NODES, scope, kind, copies, contents."""
+        return add_rows(self._scopes)
+
     def image_spectrum(self) -> np.ndarray:
         """Sharing.image_spectrum; this object has it no longer.
 
         Rows for each node are wanting where all pages are on one: they would repeat those over all nodes.
         """
-        only = {node for node, _, single in self._blocks if single}
-        one_node = len(only) == 1 and all(single for _, _, single in self._blocks)
+        one_node = len(self._nodes) == 1
         wanted: dict[tuple[int, int], list[tuple[list[Packed], int]]] = {}
         for (node, block, single), parts in self._blocks.items():
             for number in [ALL_NODES, node] if single and not one_node else [ALL_NODES] if single else [node]:

@@ -12,20 +12,60 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from ksmdist.classes import combine, digest_words
+from ksmdist.classes import combine, digest_words, huge_page_bytes
 from ksmdist.columns import arrow, joined, present, strings, values
 from ksmdist.groups import count_rows, group_any, group_min, group_starts, group_sum
+from ksmdist.huge import count_frames
 from ksmdist.mappings import Patterns, find_patterns, shared_frames
+from ksmdist.pairs import find_sets
 from ksmdist.plan import Piece
-from ksmdist.tables import KINDS, STABLE_TREE
+from ksmdist.tables import HUGE_FRAME, IMAGE_SET, KINDS, SCOPES, STABLE_TREE
 
-__all__ = ["ALL_NODES", "RangeTree", "add_rows", "merge", "narrow", "split"]
+__all__ = ["ALL_NODES", "Owners", "RangeTree", "Top", "add_rows", "merge", "narrow", "split"]
 
 _ZERO, _SAME_FILLED, _OTHER = range(len(KINDS))
 _MANY = 255  # copies
 
 ALL_NODES = -1
 """numa_node of rows that count a content over all nodes; below every node's number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """Of each image by number, in scan order: its name, the host it was on (equal frame numbers are one frame on one
+    host only), its tenant."""
+
+    image_ids: Sequence[str]
+    hosts: Sequence[str]
+    tenants: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    """The contents with most copies, most first, of equals the lower digest: columns of `stable_tree` as arrays.
+
+    digest: uint8[n, 16]; kind: index of KINDS; word: uint64, where filled; copies: int64; images, nodes, tenants:
+    int32; image: number of the first that holds it; address: uint64, its lowest there.
+    """
+
+    digest: np.ndarray
+    kind: np.ndarray
+    word: np.ndarray
+    filled: np.ndarray
+    copies: np.ndarray
+    images: np.ndarray
+    nodes: np.ndarray
+    tenants: np.ndarray
+    image: np.ndarray
+    address: np.ndarray
+
+    @classmethod
+    def most(cls, tops: Sequence[Top], top: int) -> Top:
+        """The `top` with most copies of all of these, which are of disjoint sets of contents."""
+        columns = [np.concatenate([getattr(one, name) for one in tops]) for name in cls.__slots__]
+        high, low = digest_words(columns[0])
+        order = np.lexsort((low, high, -columns[4]))[:top]
+        return cls(*(column[order] for column in columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +77,12 @@ class RangeTree:
     image_spectrum: int64[n, 7]: numa_node or ALL_NODES, image, copies, before, here, region or -1, contents
     patterns:       of the zero content and of contents that have a frame which fork shares
     split:          int64[n, 2]: image and number of huge pages with one zero page that merging contents here splits
-    images:         int64[n, 5]: image, then its pages that are duplicate, unique, shared within,
-                    shared with others; for images that have any
+    images:         int64[n, 6]: image, then its pages that are duplicate, unique, shared within,
+                    shared with others, and contents shared within; for images that have any
+    scopes:         int64[n, 5]: numa_node or ALL_NODES, scope, kind, copies, contents: table `policy_spectrum`
+    sets:           `image_set`
+    frames:         `huge_frame`
+    top:            the contents with most copies
     one_node:       the node that all of its pages are on: image_spectrum then has no rows for it, which would be
                     those over all nodes again; None where there are several
     pages:          eligible pages that went in
@@ -50,6 +94,10 @@ class RangeTree:
     patterns: Patterns
     split: np.ndarray
     images: np.ndarray
+    scopes: np.ndarray
+    sets: pa.Table
+    frames: pa.Table
+    top: Top
     one_node: int | None
     pages: int
 
@@ -82,25 +130,29 @@ def narrow(content: pa.Table, ranges: int, piece: Piece) -> pa.Table:
     return content.slice(low, up - low)
 
 
-def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[str]) -> RangeTree:
+def merge(
+    tables: Sequence[pa.Table], owners: Owners, page_size: int, top: int, with_volatile: bool = False
+) -> RangeTree:
     """`shard_content` tables of one range -> that range of the stable tree, and what it counts.
 
-    Only eligible pages enter the tree. image_ids, hosts: by image number, in scan order; equal frame
-    numbers are one frame on one host only.
+    Only eligible pages enter the tree; those that changed between passes do with_volatile only.
+    top: most rows of RangeTree.top.
     """
-    content = combine(tables)
-    digest, image, node, may, huge, pages, address, region = (
+    content = combine(tables, page_size)
+    digest, image, node, may, huge, thp, volatile, pages, address, region = (
         joined([content], name) for name in content.column_names[:-2]
     )
     frame, fill = (content.column(name).combine_chunks() for name in ("frame", "fill_word"))
     framed, number, filled, word = present(frame), values(frame), present(fill), values(fill)
+    if not with_volatile:
+        may = may & ~volatile
     if not may.all():
-        digest, image, node, huge, pages, address, region, framed, number, filled, word = (
-            column[may] for column in (digest, image, node, huge, pages, address, region, framed, number, filled, word)
+        digest, image, node, huge, thp, pages, address, region, framed, number, filled, word = (
+            column[may]
+            for column in (digest, image, node, huge, thp, pages, address, region, framed, number, filled, word)
         )
     if len(pages) == 0:
-        none = [np.zeros((0, width), np.int64) for width in (5, 7, 2, 5)]
-        return RangeTree(STABLE_TREE.schema.empty_table(), none[0], none[1], {}, none[2], none[3], None, 0)
+        return _nothing()
 
     high, low = digest_words(digest)
     starts = group_starts(high, low)  # a group a content: the rows of the images and nodes that hold it
@@ -118,7 +170,7 @@ def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[
     here = group_sum(pages, pairs)
     lowest = group_min(address, pairs)[first_pair]
 
-    host = np.unique(np.array(hosts, object), return_inverse=True)[1] if framed.any() else np.zeros(len(hosts), int)
+    host = _numbers(owners.hosts) if framed.any() else np.zeros(len(owners.hosts), int)
     shared = shared_frames(content_of, host[image], number, framed)
     forked = group_any(shared >= 0, starts)
     ordered = forked | (kind == _ZERO)
@@ -146,18 +198,79 @@ def merge(tables: Sequence[pa.Table], image_ids: Sequence[str], hosts: Sequence[
             arrow(copies[several]),
             arrow(images[several]),
             arrow(nodes[several]),
-            strings(image_ids, image[starts[several]]),
+            strings(owners.image_ids, image[starts[several]]),
             arrow(lowest[several]),
         ],
         schema=STABLE_TREE.schema,
     )
-    of_pair = content_of[pairs]
+    tenant = _numbers(owners.tenants)
+    chosen = several[_most(copies[several], top)]
+    first = starts[chosen]
+    tenants = np.ones(len(chosen), np.int32)
+    if tenant.any():
+        held = np.isin(content_of[pairs], chosen)
+        (of, _), _ = count_rows([content_of[pairs][held], tenant[image[pairs][held]]])
+        tenants = np.bincount(of, minlength=len(starts))[chosen].astype(np.int32)
+    most = Top(
+        digest[first],
+        kind[chosen],
+        word[chosen],
+        filled[chosen],
+        copies[chosen],
+        images[chosen],
+        nodes[chosen],
+        tenants,
+        image[first],
+        lowest[chosen],
+    )
+
+    zeros, mergeable = kind == _ZERO, (copies >= 2) | (kind == _ZERO)
+    block = address // np.uint64(huge_page_bytes(page_size))
+    counted = count_frames(image, block, pages, mergeable[content_of], zeros[content_of], thp)
+    of_pair, of_image = content_of[pairs], image[pairs]
+    scopes = _scopes(rows, (of_pair, of_image, here), copies, tenant, kind, ordered)
     here[kind[of_pair] == _ZERO] = 0
     facts = (copies[of_pair] >= 2, copies[of_pair] == 1, here >= 2, images[of_pair] >= 2)
-    per_image = _per_image(image[pairs], here, facts)
-    one_node = int(node[0]) if (node == node[0]).all() else None
-    splits_of = np.stack(split, axis=1)
-    return RangeTree(stable, spectrum, image_spectrum, patterns, splits_of, per_image, one_node, int(pages.sum()))
+    nonzero = here > 0
+    return RangeTree(
+        stable,
+        spectrum,
+        image_spectrum,
+        patterns,
+        np.stack(split, axis=1),
+        _per_image(of_image, here, facts),
+        scopes,
+        find_sets(of_pair[nonzero], of_image[nonzero], here[nonzero]),
+        counted,
+        most,
+        int(node[0]) if (node == node[0]).all() else None,
+        int(pages.sum()),
+    )
+
+
+def _nothing() -> RangeTree:
+    none = [np.zeros((0, width), np.int64) for width in (5, 7, 2, 6, 5)]
+    stable, sets, frames = (
+        schema.empty_table() for schema in (STABLE_TREE.schema, IMAGE_SET.schema, HUGE_FRAME.schema)
+    )
+    words, counts, numbers = (np.zeros(0, kind) for kind in (np.uint64, np.int64, np.int32))
+    filled, kind = np.zeros(0, bool), np.zeros(0, np.int8)
+    top = Top(np.zeros((0, 16), np.uint8), kind, words, filled, counts, numbers, numbers, numbers, numbers, words)
+    return RangeTree(stable, none[0], none[1], {}, none[2], none[3], none[4], sets, frames, top, None, 0)
+
+
+def _numbers(names: Sequence[str]) -> np.ndarray:
+    """A number for each distinct name, int64[n], from 0."""
+    return np.unique(np.array(names, object), return_inverse=True)[1]
+
+
+def _most(copies: np.ndarray, top: int) -> np.ndarray:
+    """Rows with most copies, at most `top`, most first; of equals the first."""
+    if len(copies) > top:
+        least = -np.partition(-copies, top - 1)[top - 1]
+        at = np.flatnonzero(copies >= least)
+        return at[np.argsort(-copies[at], kind="stable")][:top]
+    return np.argsort(-copies, kind="stable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +287,13 @@ class _Rows:
 
 
 def _per_image(image: np.ndarray, pages: np.ndarray, facts: Sequence[np.ndarray]) -> np.ndarray:
-    """RangeTree.images: the sum of `pages` by image, for the rows where each of these facts is true."""
-    totals = [np.bincount(image[fact], pages[fact], int(image.max()) + 1) for fact in facts]
+    """RangeTree.images: the sum of `pages` by image, for the rows where each of these facts is true.
+
+    Then the number of rows where the third is.
+    """
+    size = int(image.max()) + 1
+    totals = [np.bincount(image[fact], pages[fact], size) for fact in facts]
+    totals.append(np.bincount(image[facts[2]], minlength=size))
     table = np.stack(totals, axis=1).astype(np.int64)  # sums of doubles, exact below 2**53 pages
     held = np.flatnonzero(table.any(axis=1))
     return np.concatenate((held[:, None], table[held]), axis=1)
@@ -208,6 +326,59 @@ def _spectra(rows: _Rows, shared: np.ndarray, kind: np.ndarray, ordered: np.ndar
         node = int(rows.node[0])
         spectra += [_with_node(table, node) for table in spectra]
     return np.concatenate(spectra), np.concatenate(by_image)
+
+
+def _scopes(
+    rows: _Rows,
+    by_image: tuple[np.ndarray, np.ndarray, np.ndarray],
+    copies: np.ndarray,
+    tenant: np.ndarray,
+    kind: np.ndarray,
+    ordered: np.ndarray,
+) -> np.ndarray:
+    """RangeTree.scopes, over all nodes and for each, without `ordered` contents.
+
+    by_image: content, image and pages of each content and image; copies, kind, ordered: by content; tenant: by image.
+    """
+    tables = _scopes_of(ALL_NODES, by_image, np.arange(len(copies)), copies, tenant, kind, ordered)
+    if (rows.node == rows.node[0]).all():
+        tables += [_with_node(table, int(rows.node[0])) for table in tables]
+        return np.concatenate(tables)
+    for node in np.unique(rows.node).tolist():
+        at = np.flatnonzero(rows.node == node)
+        content, image, pages = rows.content[at], rows.image[at], rows.pages[at]
+        pairs, whole = group_starts(content, image), group_starts(content)
+        of_node = content[pairs], image[pairs], group_sum(pages, pairs)
+        tables += _scopes_of(node, of_node, content[whole], group_sum(pages, whole), tenant, kind, ordered)
+    return np.concatenate(tables)
+
+
+def _scopes_of(
+    node: int,
+    by_image: tuple[np.ndarray, np.ndarray, np.ndarray],
+    content: np.ndarray,
+    copies: np.ndarray,
+    tenant: np.ndarray,
+    kind: np.ndarray,
+    ordered: np.ndarray,
+) -> list[np.ndarray]:
+    """The rows of one node. content, copies: of all its images together."""
+    of_pair, image, here = by_image
+    by_tenant = content, copies
+    if len(np.unique(tenant)) == len(tenant):
+        by_tenant = of_pair, here
+    elif tenant.any():
+        (which, _), sums = count_rows([of_pair, tenant[image]], here)
+        by_tenant = which, sums
+    tables = []
+    for scope, (of, count) in enumerate(((of_pair, here), by_tenant, (content, copies))):
+        kept = ~ordered[of]
+        few = count <= _MANY  # apart, the many small numbers are counted without a sort
+        for some in (kept & few, kept & ~few):
+            (kinds, number), contents = count_rows([kind[of[some]], count[some]])
+            tables.append(_table(node, [np.full(len(number), scope), kinds, number], contents))
+    assert len(SCOPES) == 3
+    return tables
 
 
 def _frames(copies: np.ndarray, starts: np.ndarray, shared: np.ndarray) -> np.ndarray:

@@ -1,13 +1,17 @@
-"""Write schemas/*.json from ksmdist.tables; tests/test_tables.py checks that they are equal."""
+"""Write schemas/*.json and docs/tables/*.md from ksmdist.tables; tests/test_tables.py checks that they are equal."""
 
 import json
 from pathlib import Path
 
-from ksmdist.schema import render
+from ksmdist.schema import render, render_index, render_markdown
 from ksmdist.tables import TABLES
 
-here = Path(__file__).parent
-for old in here.glob("*.json"):
+schemas = Path(__file__).parent
+pages = schemas.parent / "docs" / "tables"
+pages.mkdir(exist_ok=True)
+for old in (*schemas.glob("*.json"), *pages.glob("*.md")):
     old.unlink()
 for table in TABLES.values():
-    (here / f"{table.name}.v{table.version}.json").write_text(json.dumps(render(table), indent=1) + "\n")
+    (schemas / f"{table.name}.v{table.version}.json").write_text(json.dumps(render(table), indent=1) + "\n")
+    (pages / f"{table.name}.md").write_text(render_markdown(table))
+(pages / "README.md").write_text(render_index(TABLES.values()))

@@ -15,7 +15,7 @@ import pytest
 
 from ksmdist.images.proc import Machine
 from ksmdist.sysfs import Ksm
-from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
+from ksmdist.tables import CHECKSUMS, DIFF_CONTENTS, DIFF_IMAGES, MEMORY_IMAGE, PAGE_FLAGS, STABLE_TREE, TABLES
 
 from .stores import s3, s3_server  # noqa: F401 (fixtures)
 from .targets import Start, Target
@@ -97,6 +97,10 @@ def eligible(*names: str) -> int:
     """Flags: eligible, and those named."""
     return PAGE_FLAGS["eligible"] | sum(PAGE_FLAGS[name] for name in names)
 
+
+_APART = (STABLE_TREE, CHECKSUMS, DIFF_CONTENTS, DIFF_IMAGES)
+KEPT = [table for table in TABLES.values() if table.file.endswith(".parquet") and table not in _APART]
+"""Tables that every run keeps, besides the stable tree."""
 
 MakeImage = Callable[..., Path]
 

@@ -28,7 +28,9 @@ def test_json_is_the_promised_object(make_raw: MakeImage, tmp_path: Path) -> Non
     done = ksmdist("run", make_raw("a.raw", [ZERO, ZERO, page(1), None]), "-o", tmp_path / "out", "--json")
     assert done.returncode == 0
     stages = [line.split(":")[:2] for line in done.stderr.splitlines()]
-    assert stages == [["ksmdist", f" {stage}"] for stage in ("open", "engine", "start", "scan", "merge", "count")]
+    assert stages == [
+        ["ksmdist", f" {stage}"] for stage in ("open", "engine", "start", "scan", "merge", "relate", "count")
+    ]
     printed = json.loads(done.stdout)
     promised = {
         "pages": "total absent ineligible zero_mapped_fault zero_mapped_ksm volatile zero duplicate unique",

@@ -167,7 +167,7 @@ def test_progress_of_all_nodes_comes_to_one_place(two: str, tmp_path: Path) -> N
     sources = [f"node://blue{one}", f"node://green{other}"]
     ksmdist.run(sources, tmp_path / "run", SETTINGS, "ray", two, progress=Watch())
     assert seen == [4] * faults.TASKS
-    assert lines == ["start", "open", "scan", "merge", "count"]
+    assert lines == ["start", "open", "scan", "merge", "relate", "count"]
 
 
 def test_metrics_of_tasks_are_rays_metrics(two: str, tmp_path: Path) -> None:

@@ -46,9 +46,8 @@ def shares(rows: list[tuple[int, str, int, int]]) -> Sharing:
     }
     texts = dict.fromkeys(("image_id", "kind", "format", "host", "tenant"), "")
     row = {name: pages.get(name, texts.get(name, 0)) for name in IMAGES.schema.names}
-    return Sharing(
-        pa.Table.from_pylist([row], schema=IMAGES.schema), (), _matrix(spectrum, 5), _matrix(by_image, 7), tuple(zero)
-    )
+    images = pa.Table.from_pylist([row], schema=IMAGES.schema)
+    return Sharing(images, (), _matrix(spectrum, 5), _matrix(by_image, 7), _matrix((), 5), tuple(zero))
 
 
 def _matrix(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:

@@ -11,9 +11,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
-    path for folder in (".", "docs", "schemas", "jobs", "benchmarks") for path in sorted((ROOT / folder).glob("*.md"))
+    path
+    for folder in (".", "docs", "docs/tables", "examples", "schemas", "jobs", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.md"))
 ]
-COMMANDS = ("run", "plan", "import", "demo", "schema", "whatif", "explain", "unmerge", "capture", "verify-kernel")
+COMMANDS = (
+    "run",
+    "plan",
+    "import",
+    "demo",
+    "schema",
+    "whatif",
+    "explain",
+    "unmerge",
+    "capture",
+    "verify-kernel",
+    "report",
+    "diff",
+    "query",
+)
 
 
 def help_of(*command: str) -> str:

@@ -25,12 +25,12 @@ from ksmdist.checkpoint import Checkpoint
 from ksmdist.errors import ImageError, RunDirectoryError, SettingsError
 from ksmdist.settings import Settings
 from ksmdist.store import read_table
-from ksmdist.tables import STABLE_TREE, TABLES
+from ksmdist.tables import STABLE_TREE
 
 from . import faults
-from .conftest import PAGE, ZERO, page, table_files, unavailable
+from .conftest import KEPT, PAGE, ZERO, page, table_files, unavailable
 
-PLAIN = [table.file for table in TABLES.values() if table.file.endswith(".parquet") and table is not STABLE_TREE]
+PLAIN = [table.file for table in KEPT]
 
 
 @pytest.fixture

@@ -42,6 +42,9 @@ def test_the_wheel_holds_the_package_alone(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert names == {"ksmdist", f"ksmdist-{ksmdist.__version__}.dist-info"}
+    page = {f"ksmdist/report/page/{path.name}" for path in (ROOT / "ksmdist" / "report" / "page").iterdir()}
+    assert page
+    assert page <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_shards_are_a_function_of_the_input() -> None:

@@ -20,13 +20,10 @@ from ksmdist.engines import choose
 from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.settings import Settings
 from ksmdist.store import read_table
-from ksmdist.tables import MAPPINGS, SPECTRUM, STABLE_TREE, TABLES
+from ksmdist.tables import MAPPINGS, SPECTRUM, STABLE_TREE
 
-from .conftest import PAGE, ZERO, MakeImage, manifest, oracle, page, table_files
+from .conftest import KEPT, PAGE, ZERO, MakeImage, manifest, oracle, page, table_files
 from .layouts import layout_images
-
-KEPT = [table for table in TABLES.values() if table.file.endswith(".parquet") and table is not STABLE_TREE]
-"""Tables that every run keeps, besides the stable tree."""
 
 POOL: list[bytes | None] = [None, ZERO, b"\xff" * PAGE, b"\x6b" * PAGE, *(page(n) for n in range(6))]
 PAGES = st.lists(st.sampled_from(range(len(POOL))), min_size=1, max_size=24)
@@ -156,7 +153,7 @@ def test_every_file_conforms_to_its_schema(make_raw: MakeImage, tmp_path: Path) 
             if order and not any(rows.column(name).null_count for name in table.sort):  # where nulls go is not said
                 assert rows.equals(rows.sort_by(order)), file
             seen += 1
-    assert seen == 4 + len(KEPT) == 4 + 10
+    assert seen == 4 + len(KEPT) == 4 + 18
     written = {str(file.relative_to(run.path)) for file in run.path.rglob("*.parquet")}
     assert {name for name in written if "/" not in name} == {table.file for table in KEPT}
 

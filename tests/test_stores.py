@@ -111,6 +111,35 @@ def test_a_stored_image_is_that_of_the_file(s3: Proxy, hasty: stores.Rules, tmp_
     assert pages_of(uri) == whole
 
 
+@pytest.mark.parametrize("key", ["guest.raw", "guest.elf", "process.core", "every.arrow", "packed.arrow"])
+def test_a_page_is_found_by_its_address(s3: Proxy, hasty: stores.Rules, tmp_path: Path, key: str) -> None:
+    if key == "packed.arrow":
+        path = packed(every_column(tmp_path / "plain.arrow"), tmp_path / key, "lz4")
+    else:
+        path = image_files(tmp_path)[key]
+    s3.server.put(key, path.read_bytes())
+    there = {address for address, _ in pages_of(str(path))}
+    asked = np.array([0, PAGE, 7 * PAGE, 0x600000, 1 << 60, *sorted(there)[::13]], np.uint64)
+    for uri in (str(path), s3.uri(key)):
+        image = images.open_image(uri)
+        for address, row in zip(asked.tolist(), image.find(asked).tolist(), strict=True):
+            assert (row >= 0) == (address in there), address
+            if row >= 0:
+                (item,) = image.batches(row, row + 1)
+                assert (item.address if isinstance(item, Hole) else item.column("address")[0].as_py()) == address
+        image.close()
+
+
+def packed(path: Path, target: Path, compression: str) -> Path:
+    """An Arrow image written again, its bodies compressed."""
+    written = pa.ipc.open_file(str(path))
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, written.schema, options=options) as writer:
+        for index in range(written.num_record_batches):
+            writer.write_batch(written.get_batch(index))
+    return target
+
+
 def rows_of(image: images.Image, start: int, end: int) -> list[dict[str, Any]]:
     """All columns."""
     found: list[dict[str, Any]] = []
@@ -129,12 +158,7 @@ def test_every_column_of_a_stored_arrow_image(
 ) -> None:
     path = every_column(tmp_path / "plain.arrow")
     if compression:
-        written = pa.ipc.open_file(str(path))
-        path = tmp_path / "packed.arrow"
-        options = pa.ipc.IpcWriteOptions(compression=compression)
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, written.schema, options=options) as writer:
-            for index in range(written.num_record_batches):
-                writer.write_batch(written.get_batch(index))
+        path = packed(path, tmp_path / "packed.arrow", compression)
     s3.server.put("x.arrow", path.read_bytes())
     local, stored = images.open_image(str(path)), images.open_image(s3.uri("x.arrow"))
     assert stored.info.regions == local.info.regions

@@ -21,7 +21,7 @@ from ksmdist.ksmd import OWN_FRAMES, Stretch, is_processed, processed_scans, set
 from ksmdist.settings import Settings
 from ksmdist.sharing import Sharing
 from ksmdist.store import read_table
-from ksmdist.tables import ACCOUNTINGS, IMAGE_SPECTRUM, IMAGES, KSM_STAT, MAPPINGS, SPECTRUM, WHATIF
+from ksmdist.tables import ACCOUNTINGS, IMAGE_SPECTRUM, IMAGES, KSM_STAT, MAPPINGS, POLICY_SPECTRUM, SPECTRUM, WHATIF
 from ksmdist.unmerge import unmerge
 from ksmdist.whatif import best, grid, present, profit
 
@@ -99,7 +99,7 @@ def test_a_run_reads_back_as_it_was(tmp_path: Path) -> None:
     again = ksmdist.load(tmp_path / "run")
     assert again.settings == run.settings
     assert again.caveats == run.caveats
-    tables = {t.name: read_table(run.path, t) for t in (IMAGES, SPECTRUM, IMAGE_SPECTRUM, MAPPINGS)}
+    tables = {t.name: read_table(run.path, t) for t in (IMAGES, SPECTRUM, IMAGE_SPECTRUM, POLICY_SPECTRUM, MAPPINGS)}
     back = Sharing.from_tables(tables).tables()
     for name, table in back.items():
         assert table.equals(tables[name]), name

@@ -6,6 +6,7 @@ one page long, an address that is not page-aligned, comes twice or out of order.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import mmap
 import os
@@ -37,6 +38,7 @@ class _Rows:
 
     info: ImageInfo
     _path: str
+    _starts: np.ndarray  # first row of each record batch, and the end
     holes: tuple[Hole, ...] = ()
 
     def _captured(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch | Hole]:
@@ -49,6 +51,39 @@ class _Rows:
             yield batch.filter(pa.array(~lost))
         for address in batch.column("address").to_numpy()[lost].tolist():
             yield Hole(address, 1, "unreadable")
+
+    def find(self, address: np.ndarray) -> np.ndarray:
+        """See Image.find: by halves to the record batch, then among its addresses."""
+        found = np.full(len(address), -1, np.int64)
+        firsts: dict[int, int] = {}  # first address of the batches that were asked for
+        for number in sorted({self._batch_of(one, firsts) for one in address.tolist()}):
+            if number < 0:
+                continue
+            held = self._addresses(number)
+            at = np.minimum(np.searchsorted(held, address), len(held) - 1)
+            here = held[at] == address
+            found[here] = int(self._starts[number]) + at[here]
+        return found
+
+    def _batch_of(self, address: int, firsts: dict[int, int]) -> int:
+        """The last record batch that begins at or before an address, -1 for none."""
+        filled = np.flatnonzero(np.diff(self._starts)).tolist()
+
+        def first(number: int) -> int:
+            if number not in firsts:
+                firsts[number] = self._last_address(int(self._starts[number]) + 1)
+            return firsts[number]
+
+        at = bisect.bisect_right(filled, address, key=first)
+        return filled[at - 1] if at else -1
+
+    def _last_address(self, start: int) -> int:
+        """Address of the row before row `start`; -1 for none."""
+        raise NotImplementedError
+
+    def _addresses(self, number: int) -> np.ndarray:
+        """Addresses of a record batch, uint64."""
+        raise NotImplementedError
 
     def _check(self, batch: pa.RecordBatch, row: int, before: int) -> int:
         """Check addresses and content lengths; returns the last address. Raises ImageError."""
@@ -153,6 +188,9 @@ class ArrowImage(_Rows):
             return -1
         index = int(np.searchsorted(self._starts, start - 1, side="right")) - 1
         return int(self._batch(index).column("address")[start - 1 - int(self._starts[index])].as_py())
+
+    def _addresses(self, number: int) -> np.ndarray:
+        return values(self._batch(number).column("address"))
 
     def _span(self, batch: pa.RecordBatch) -> tuple[int, int] | None:
         """(file offset, nbytes) of the batch's contents; None where they are not a part of the file."""
@@ -290,6 +328,19 @@ class StoredArrowImage(_Rows):
             return int(found.column("address")[0].as_py())
         at = int(batch.offset[1]) + 8 * row  # after its validity, the first buffer
         return int.from_bytes(self._file.read_exactly(at, 8), "little")
+
+    def _addresses(self, number: int) -> np.ndarray:
+        batch = self._batches[number]
+        read: ipc.Read = self._file.read_spans
+        try:
+            if batch.codec:
+                batch, read = ipc.unpacked(batch, read)
+            part = ipc.part_of(batch, self._schema, self._regions, 0, batch.rows, read)
+        except (ValueError, pa.ArrowException) as error:
+            raise ImageError(
+                f"record batch {number} is damaged: {str(error).splitlines()[0]}", self._path, HINT
+            ) from None
+        return values(part.columns[0])
 
     def _read_schema(self) -> pa.Schema:
         head = self._file.read(0, _FEW_BYTES)

@@ -18,7 +18,7 @@ from ksmdist.images.files import LocalFile
 from ksmdist.images.stores import StoredFile
 from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
 
-__all__ = ["BATCH_BYTES", "Format", "Hole", "Image", "ImageInfo", "page_batch"]
+__all__ = ["BATCH_BYTES", "Format", "Hole", "Image", "ImageInfo", "Pages", "page_batch"]
 
 BATCH_BYTES = 64 << 20
 """Most page bytes in one record batch: mapped, hashed and let go together."""
@@ -67,8 +67,8 @@ class ImageInfo:
     ksm_stat: tuple[tuple[str, str], ...] = ()
 
 
-class Image(Protocol):
-    """An open memory image."""
+class Pages(Protocol):
+    """What has pages to read."""
 
     @property
     def info(self) -> ImageInfo:
@@ -84,6 +84,13 @@ class Image(Protocol):
         A batch may point into the mapped file: use it and let it go before asking for the next.
         Raises ImageError where the structure is broken, ImageReadError where the file is gone.
         """
+
+
+class Image(Pages, Protocol):
+    """An open memory image."""
+
+    def find(self, address: np.ndarray) -> np.ndarray:
+        """Numbers of the pages at these addresses, uint64[n] -> int64[n]; -1 where there is none."""
 
     def close(self) -> None:
         """Let the file go."""

@@ -93,6 +93,18 @@ def _runs(extents: Extents, ends: np.ndarray, start: int, end: int) -> Iterator[
         index += 1
 
 
+def _find(extents: Extents, ends: np.ndarray, page_size: int, address: np.ndarray) -> np.ndarray:
+    """Image.find()."""
+    page = (address // np.uint64(page_size)).astype(np.int64)
+    run = np.searchsorted(extents.page, page, side="right") - 1
+    inside = run >= 0
+    run = np.maximum(run, 0)
+    if len(extents) == 0:
+        return np.full(len(address), -1, np.int64)
+    at = page - extents.page[run]
+    return np.where(inside & (at < extents.count[run]), ends[run] - extents.count[run] + at, -1)
+
+
 class ExtentImage:
     """An image whose pages are `extents` of a file on this host."""
 
@@ -107,6 +119,10 @@ class ExtentImage:
     def close(self) -> None:
         """Let the file go."""
         self._file.close()
+
+    def find(self, address: np.ndarray) -> np.ndarray:
+        """See Image.find."""
+        return _find(self._extents, self._ends, self.info.page_size, address)
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Pages [start, end) by address; long runs as views of the mapped file, short ones copied."""
@@ -197,6 +213,10 @@ class StoredExtentImage:
     def close(self) -> None:
         """Let the object go."""
         self._file.close()
+
+    def find(self, address: np.ndarray) -> np.ndarray:
+        """See Image.find."""
+        return _find(self._extents, self._ends, self.info.page_size, address)
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Pages [start, end) by address, a block to a batch; raises ImageError if the object changed meanwhile."""

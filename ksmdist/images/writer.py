@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from ksmdist.errors import ImageError
-from ksmdist.images.base import Hole, Image
+from ksmdist.images.base import Hole, Pages
 from ksmdist.tables import MEMORY_IMAGE
 
 __all__ = ["write_image"]
 
 
 def write_image(
-    sources: Sequence[Image], path: str, image_id: str, captured_at: str = "", producer: str = ""
+    sources: Sequence[Pages], path: str, image_id: str, captured_at: str = "", producer: str = ""
 ) -> list[tuple[str, Hole]]:
     """Write images, as one, to an Arrow file at `path`; returns (source path, hole) for what was unreadable.
 
@@ -68,7 +68,7 @@ def write_image(
     return holes
 
 
-def _first_address(image: Image) -> int:
+def _first_address(image: Pages) -> int:
     for item in image.batches(0, min(1, image.info.pages)):
         return item.address if isinstance(item, Hole) else int(item.column("address")[0].as_py())
     return 0

@@ -20,6 +20,7 @@ __all__ = [
     "knobs",
     "process_table",
     "render",
+    "still_line",
     "table",
     "zero_line",
 ]
@@ -95,6 +96,15 @@ def zero_line(merges: Mapping[str, Any], fault: int) -> str:
     if merges["thp_zero"]:
         line += f"; {merges['thp_zero']:,} freed as KSM splits huge pages, in no counter"
     return line
+
+
+def still_line(summary: Mapping[str, Any]) -> str:
+    """What pages that changed between passes cost: they are not merged. summary: of a run with `still`."""
+    volatile, still = summary["pages"]["volatile"], summary["still"]["merges"]["saved_bytes"]
+    return (
+        f"volatile pages: {volatile:,} changed since the pass before and are not merged; had they not changed, "
+        f"{format_bytes(still)} would be saved"
+    )
 
 
 def estimate_line(result: Mapping[str, Any]) -> str:
@@ -188,6 +198,8 @@ def render(
     both.add_row(left, counter_table(summary))
     to.print(both)
     to.out(zero_line(summary["merges"], pages["zero_mapped_fault"]))
+    if summary["still"] is not None:
+        to.out(still_line(summary))
     if settings["zero_page_colors"] > 1:
         most = max(summary["zero_colors"], key=lambda row: row["zero"])
         used = sum(row["zero"] + row["zero_mapped_fault"] > 0 for row in summary["zero_colors"])

@@ -10,8 +10,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ksmdist.schema import Table
+from ksmdist.tables.findings import (
+    CONTENTS,
+    CUMULATIVE,
+    DIFF_CONTENTS,
+    DIFF_IMAGES,
+    HUGE,
+    HUGE_FRAME,
+    IMAGE_SET,
+    PASSES,
+    POLICIES,
+    POLICY,
+    POLICY_SPECTRUM,
+    SCOPES,
+    SHARING,
+    SPECTRUM_BUCKETS,
+    WHATS,
+)
 from ksmdist.tables.predictions import ACCOUNTINGS, COUNTERS, EXPLAIN, KSM_STAT, UNMERGE, WHATIF
 from ksmdist.tables.scans import (
+    CHECKSUMS,
     CLASSES,
     HOLES,
     IMAGE_SPECTRUM,
@@ -32,11 +50,19 @@ from ksmdist.tables.scans import (
 
 __all__ = [
     "ACCOUNTINGS",
+    "CHECKSUMS",
     "CLASSES",
+    "CONTENTS",
     "COUNTERS",
+    "CUMULATIVE",
+    "DIFF_CONTENTS",
+    "DIFF_IMAGES",
     "EXPLAIN",
     "HOLES",
+    "HUGE",
+    "HUGE_FRAME",
     "IMAGES",
+    "IMAGE_SET",
     "IMAGE_SPECTRUM",
     "KINDS",
     "KSM_STAT",
@@ -45,14 +71,22 @@ __all__ = [
     "PAGE",
     "PAGE_FLAGS",
     "PASSED_OVER",
+    "PASSES",
+    "POLICIES",
+    "POLICY",
+    "POLICY_SPECTRUM",
     "REASONS",
     "REGIONS",
+    "SCOPES",
     "SHARD_CONTENT",
+    "SHARING",
     "SPECTRUM",
+    "SPECTRUM_BUCKETS",
     "STABLE_TREE",
     "TABLES",
     "UNMERGE",
     "WHATIF",
+    "WHATS",
     "ZERO_COLORS",
 ]
 
@@ -75,6 +109,19 @@ TABLES: Mapping[str, Table] = {
         WHATIF,
         EXPLAIN,
         UNMERGE,
+        CONTENTS,
+        SHARING,
+        POLICY,
+        POLICY_SPECTRUM,
+        SPECTRUM_BUCKETS,
+        CUMULATIVE,
+        HUGE,
+        IMAGE_SET,
+        HUGE_FRAME,
+        PASSES,
+        CHECKSUMS,
+        DIFF_CONTENTS,
+        DIFF_IMAGES,
     )
 }
 """All tables by name."""

@@ -73,14 +73,21 @@ _PHYSICAL_PROFIT = Column(
 
 COUNTERS = Table(
     name="counters",
-    version=1,
+    version=2,
     doc=(
-        "One row: the kernel's counters for this run's settings, as /sys/kernel/mm/ksm would show them on static "
-        "memory, and ours. Null: this kernel does not have the counter, or no number of scans was given."
+        "One row, or two where images have several passes: the kernel's counters for this run's settings, as "
+        "/sys/kernel/mm/ksm would show them on static memory, and ours. Null: this kernel does not have the counter, "
+        "or no number of scans was given."
     ),
     file="counters.parquet",
-    sort=(),
+    sort=("volatile",),
     columns=(
+        Column(
+            "volatile",
+            pa.string(),
+            "excluded: pages that changed between passes are not merged, as KSM would have it; included: counted as if "
+            "they had not changed. One row, excluded, where there was one pass",
+        ),
         Column("page_size", pa.int64(), "size of a page", unit="bytes"),
         Column("kernel", pa.string(), "setting: the Linux whose rules are followed"),
         *_KNOBS,

@@ -10,7 +10,10 @@ import pyarrow as pa
 from ksmdist.schema import Column, Key, Table, pages
 
 __all__ = [
+    "CHECKSUMS",
     "CLASSES",
+    "DIGEST",
+    "FILL_WORD",
     "HOLES",
     "IMAGES",
     "IMAGE_COLUMN",
@@ -18,6 +21,7 @@ __all__ = [
     "KINDS",
     "MAPPINGS",
     "MEMORY_IMAGE",
+    "NODE_OR_ALL",
     "PAGE",
     "PAGE_FLAGS",
     "PASSED_OVER",
@@ -67,7 +71,7 @@ KINDS: tuple[str, ...] = ("zero", "same_filled", "other")
 """Kinds of content; they cut across the classes. A page without bytes of its own has none."""
 
 
-_NODE_OR_ALL = Column("numa_node", pa.int16(), "NUMA node, null: all nodes together", unit="node number", nullable=True)
+NODE_OR_ALL = Column("numa_node", pa.int16(), "NUMA node, null: all nodes together", unit="node number", nullable=True)
 IMAGE_COLUMN = Column("image", pa.int32(), "the image's scan_order in table images", unit="index")
 _NODE_DOC = "NUMA node of the page's frame, 0 where unknown"
 
@@ -161,8 +165,8 @@ MEMORY_IMAGE = Table(
     ),
 )
 
-_DIGEST = Column("digest", pa.binary(16), "xxh3_128 of the page's bytes, seed 0, big-endian (canonical form)")
-_FILL_WORD = Column(
+DIGEST = Column("digest", pa.binary(16), "xxh3_128 of the page's bytes, seed 0, big-endian (canonical form)")
+FILL_WORD = Column(
     "fill_word",
     pa.uint64(),
     "the little-endian 64-bit word that fills the page, 0 for zero pages; null if it is not same-filled",
@@ -191,23 +195,23 @@ PAGE = Table(
             nullable=True,
         ),
         _REGION,
-        replace(_DIGEST, nullable=True, doc=_DIGEST.doc + "; null where the page has no bytes of its own"),
-        _FILL_WORD,
+        replace(DIGEST, nullable=True, doc=DIGEST.doc + "; null where the page has no bytes of its own"),
+        FILL_WORD,
     ),
 )
 
 SHARD_CONTENT = Table(
     name="shard_content",
-    version=1,
+    version=2,
     doc=(
-        "What travels from scan to merge: a row for each (digest, image, NUMA node, eligible, huge) of the pages "
-        "scanned together; a row for each page of a content that has a frame here which fork may share. Kept in "
-        "memory and in Ray's object store only; never page bytes."
+        "What travels from scan to merge: a row for each (digest, image, NUMA node, eligible, huge, volatile, aligned "
+        "frame of the size of a huge page) of the pages scanned together; a row for each page of a content that has a "
+        "frame here which fork may share. Kept in files of an unfinished run only; never page bytes."
     ),
     file="",
-    sort=("digest", "image", "numa_node", "eligible", "huge", "first_address"),
+    sort=("digest", "image", "numa_node", "eligible", "huge", "volatile", "first_address"),
     columns=(
-        _DIGEST,
+        DIGEST,
         IMAGE_COLUMN,
         Column("numa_node", pa.int16(), _NODE_DOC, unit="node number"),
         Column("eligible", pa.bool_(), "whether KSM may merge these pages"),
@@ -218,7 +222,9 @@ SHARD_CONTENT = Table(
             "page, from 1; 0: of none, and for other contents in huge pages that have no or several zero pages",
             unit="index",
         ),
-        pages("pages", "pages with this content"),
+        Column("thp", pa.bool_(), "whether the image marks these pages as part of a transparent huge page"),
+        Column("volatile", pa.bool_(), "whether these pages changed since the pass before"),
+        pages("pages", "pages with this content, in one aligned frame of the size of a huge page"),
         Column("first_address", pa.uint64(), "lowest address of them", unit="bytes"),
         replace(_REGION, doc="region of the last of them by address, as a place in the image's list; -1 for none"),
         Column(
@@ -228,7 +234,7 @@ SHARD_CONTENT = Table(
             unit="page frame number",
             nullable=True,
         ),
-        _FILL_WORD,
+        FILL_WORD,
     ),
 )
 
@@ -242,9 +248,9 @@ STABLE_TREE = Table(
     file="stable_tree/*.parquet",
     sort=("digest",),
     columns=(
-        _DIGEST,
+        DIGEST,
         Column("kind", pa.string(), "zero | same_filled (one 64-bit word repeated) | other"),
-        _FILL_WORD,
+        FILL_WORD,
         pages("copies", "eligible pages with this content, in all images and on all nodes"),
         Column("images", pa.int32(), "images that hold it", unit="images"),
         Column("nodes", pa.int32(), "NUMA nodes that hold it", unit="nodes"),
@@ -294,7 +300,7 @@ SPECTRUM = Table(
     file="spectrum.parquet",
     sort=("numa_node", "kind", "copies", "frames"),
     columns=(
-        _NODE_OR_ALL,
+        NODE_OR_ALL,
         Column("kind", pa.string(), "zero | same_filled | other"),
         pages("copies", "copies that each of these contents has"),
         Column(
@@ -319,7 +325,7 @@ IMAGE_SPECTRUM = Table(
     file="image_spectrum.parquet",
     sort=("numa_node", "image", "copies", "before", "here", "region"),
     columns=(
-        _NODE_OR_ALL,
+        NODE_OR_ALL,
         IMAGE_COLUMN,
         pages("copies", "copies that each of these contents has, in all images"),
         pages("before", "copies in images scanned before this one"),
@@ -416,9 +422,26 @@ _KIND_DOCS = {
     "other": "all other pages with bytes of their own",
 }
 
+CHECKSUMS = Table(
+    name="checksums",
+    version=1,
+    doc=(
+        "Each page's checksum as ksmd computes it (mm/ksm.c, calc_checksum), of every page with bytes of its own: kept "
+        "where a run has --checksums or an earlier pass, so that a later one can say what changed. One file a task."
+    ),
+    file="checksums/*.parquet",
+    sort=("image", "address"),
+    columns=(
+        IMAGE_COLUMN,
+        Column("address", pa.uint64(), "page-aligned address in the image", unit="bytes"),
+        Column("checksum", pa.uint32(), "low 32 bits of xxh64 of the page's bytes, seed 0", unit="checksum"),
+        Column("age", pa.int32(), "passes in a row, before this one, that had the same checksum", unit="passes"),
+    ),
+)
+
 IMAGES = Table(
     name="images",
-    version=2,
+    version=3,
     doc="A row for each image: its pages by class and kind, and what it shares.",
     file="images.parquet",
     sort=("scan_order",),
@@ -435,6 +458,7 @@ IMAGES = Table(
         Column("host", pa.string(), "host it was taken on, empty if unknown"),
         Column("tenant", pa.string(), "its owner, empty if unknown"),
         pages("total", "pages present and read: the sum of the classes below"),
+        Column("bytes", pa.int64(), "total, in bytes", unit="bytes"),
         pages("absent", "pages with no bytes in the image: never touched, left out by the dump, a hole in the file"),
         pages(
             "unreadable",

@@ -1,0 +1,84 @@
+"""The command line: parse, call, print. The only place that ends the process or renders an error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from ksmdist.cli import live, predictions, reports, scanning
+from ksmdist.errors import KsmdistError
+from ksmdist.version import __version__
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it would take [heap] and [default: ...] for markup
+    help=(
+        "What Linux KSM would merge in memory images, and what that would save.\n\n"
+        "Exit codes: 0 done; 1 failed; 2 wrong arguments; 3 done, but some pages could not be read; "
+        "10 not a memory image, or a broken one; 11 the run directory is in use; 130 interrupted."
+    ),
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"ksmdist {__version__}")
+        raise typer.Exit
+
+
+for _name, _command in (
+    ("run", scanning.run_command),
+    ("plan", scanning.plan_command),
+    ("import", scanning.import_command),
+    ("capture", live.capture_command),
+    ("verify-kernel", live.verify_command),
+    ("demo", scanning.demo_command),
+    ("schema", reports.schema_command),
+    ("whatif", predictions.whatif_command),
+    ("explain", predictions.explain_command),
+    ("unmerge", predictions.unmerge_command),
+    ("report", reports.report_command),
+    ("diff", reports.diff_command),
+    ("query", reports.query_command),
+):
+    app.command(_name)(_command)
+
+
+def main() -> None:
+    """The console script: run a command, render what it raises, end the process with its code."""
+    code = 0
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: whoever closed it wants nothing
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    try:
+        app()
+    except KsmdistError as error:
+        print(f"ksmdist: {error}", file=sys.stderr)
+        code = error.exit_code
+    except OSError as error:
+        if error.filename is not None:  # of a file, and not foreseen: a bug
+            raise
+        with suppress(OSError):
+            print(f"ksmdist: cannot write what was found: {os.strerror(error.errno or 0)}", file=sys.stderr)
+        code = 1
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else int(done.code is not None)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except BrokenPipeError:  # nobody reads on
+        pass
+    except OSError as error:
+        with suppress(OSError):
+            os.write(2, f"ksmdist: cannot write what was found: {os.strerror(error.errno or 0)}\n".encode())
+        code = code or 1
+    os._exit(code)  # taking Arrow and numpy apart takes 35 ms, and changes nothing

@@ -1,0 +1,106 @@
+"""SQL over the tables of a run by their names, in DuckDB, which opens no file itself.
+
+The tables are handed to DuckDB as Arrow data sets that read the run's Parquet files as they are
+needed. DuckDB's own reader is faster, but needs access to the files, and SQL that may read them
+could as well write them (COPY, also inside EXPLAIN ANALYZE and WITH): SQL from a stranger must not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ksmdist import streams
+from ksmdist.errors import RunDirectoryError, SettingsError
+from ksmdist.schema import Table
+from ksmdist.tables import TABLES
+
+__all__ = ["Answer", "ask", "json_value", "tables_of"]
+
+_ROWS = 1024
+_LINES = 6  # of DuckDB's message
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a query gives. columns: names; rows: read as they are asked for, values as json_value() makes them."""
+
+    columns: tuple[str, ...]
+    rows: Iterator[tuple[Any, ...]]
+
+
+def tables_of(run: Path) -> list[Table]:
+    """The tables that are in a run directory, in the order of tables.TABLES."""
+    return [table for table in TABLES.values() if streams.files(run, table)]
+
+
+@contextmanager
+def ask(run: Path, sql: str) -> Iterator[Answer]:
+    """Run SQL, the answer of its last statement; rows can be read inside the block.
+
+    Raises SettingsError where DuckDB is not installed, or refuses the SQL, or fails at it; RunDirectoryError where
+    a table cannot be read.
+    """
+    try:
+        import duckdb
+    except ImportError:
+        raise SettingsError(
+            "needs DuckDB, which is not installed", "query", "install it: pip install 'ksmdist[query]'"
+        ) from None
+    try:
+        with duckdb.connect(":memory:") as connection:
+            # Nothing of a run is to be left elsewhere, not even where a query needs more than memory has.
+            connection.execute("set temp_directory = ''")
+            for table in tables_of(run):
+                connection.register(table.name, _data_set(run, table))
+            connection.execute("set enable_external_access = false")
+            connection.execute("set lock_configuration = true")
+            done = connection.execute(sql)
+            columns = tuple(column[0] for column in done.description or ())
+            yield Answer(columns, _rows(done))
+    except duckdb.Error as error:
+        lines = [line for line in str(error).splitlines() if line.strip(" ^")][:_LINES]
+        raise SettingsError("\n".join(lines), "SQL", "ksmdist query RUN --list names tables and columns") from None
+
+
+def _data_set(run: Path, table: Table) -> Any:
+    """A table's files as one Arrow data set."""
+    import pyarrow as pa
+    import pyarrow.dataset as dataset
+
+    try:
+        return dataset.dataset(
+            [str(path) for path in streams.files(run, table)], schema=table.schema.remove_metadata(), format="parquet"
+        )
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise RunDirectoryError(
+            f"has no readable table {table.name}: {str(error).splitlines()[0]}", str(run), "run the images again"
+        ) from None
+
+
+def _rows(result: Any) -> Iterator[tuple[Any, ...]]:
+    while some := result.fetchmany(_ROWS):
+        for row in some:
+            yield tuple(map(json_value, row))
+
+
+def json_value(value: Any) -> Any:
+    """A value of DuckDB as JSON has it: bytes as hexadecimal, NaN as null, what JSON does not know as text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).hex()
+    if isinstance(value, dict):
+        return {str(key): json_value(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(part) for part in value]
+    from decimal import Decimal
+
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return str(value)
