@@ -10,6 +10,7 @@ import bisect
 import functools
 import mmap
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from threading import Event, Lock
@@ -33,7 +34,7 @@ _FEW_BYTES = 64 << 10  # the schema and the footer of most files are within the 
 _SMALL_READS = 32  # in flight, of about 1 KiB each: a batch's metadata is far from the next one's
 
 
-class _Rows:
+class _Rows(ABC):
     """Rows of a memory_image file: checked, and those that its producer could not read as holes."""
 
     info: ImageInfo
@@ -77,13 +78,13 @@ class _Rows:
         at = bisect.bisect_right(filled, address, key=first)
         return filled[at - 1] if at else -1
 
+    @abstractmethod
     def _last_address(self, start: int) -> int:
         """Address of the row before row `start`; -1 for none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _addresses(self, number: int) -> np.ndarray:
         """Addresses of a record batch, uint64."""
-        raise NotImplementedError
 
     def _check(self, batch: pa.RecordBatch, row: int, before: int) -> int:
         """Check addresses and content lengths; returns the last address. Raises ImageError."""
