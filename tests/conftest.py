@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from typer.testing import CliRunner
 
+from ksmdist.cli import app
 from ksmdist.images.proc import Machine
 from ksmdist.sysfs import Ksm
 from ksmdist.tables import CHECKSUMS, DIFF_CONTENTS, DIFF_IMAGES, MEMORY_IMAGE, PAGE_FLAGS, STABLE_TREE, TABLES
@@ -155,6 +157,21 @@ def oracle(images: Mapping[str, Sequence[bytes | None]]) -> dict[str, Any]:
         },
         "absent": sum(content is None for pages in images.values() for content in pages),
     }
+
+
+def invoke(*arguments: str | Path) -> Any:
+    """A command's result, as typer's CliRunner gives it; an error of ours is raised."""
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def printed(*arguments: str | Path) -> str:
+    """What a command prints that does well."""
+    done = invoke(*arguments)
+    assert done.exit_code == 0, done.output
+    return str(done.stdout)
 
 
 def random_pages(rng: np.random.Generator, count: int) -> list[bytes]:

@@ -7,7 +7,6 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,29 +14,19 @@ import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import ksmdist
 from ksmdist import diff, store, streams
-from ksmdist.cli import app
 from ksmdist.errors import IdentityError, RunDirectoryError, SettingsError
 from ksmdist.report.screen import printable
 from ksmdist.tables import DIFF_CONTENTS, DIFF_IMAGES, SPECTRUM, STABLE_TREE
 
-from .conftest import PAGE, ZERO, MakeImage, page
+from .conftest import PAGE, ZERO, MakeImage, invoke, page
 
 FILLED = b"\xcc" * PAGE
 CONTENTS = [ZERO, FILLED, page(1), page(2), page(3), page(4)]
 
 Images = Mapping[str, Sequence[int]]
-
-
-def invoke(*arguments: str | Path) -> Any:
-    """A command's result; an error of ours is raised."""
-    done = CliRunner().invoke(app, list(map(str, arguments)))
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
 
 
 def write(folder: Path, images: Images) -> list[Path]:

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import ksmdist
 from ksmdist import store
-from ksmdist.cli import app
 from ksmdist.errors import KsmdistError, RunDirectoryError, SettingsError
 from ksmdist.query import json_value, tables_of
 from ksmdist.tables import (
@@ -32,18 +30,9 @@ from ksmdist.tables import (
     WHATIF,
 )
 
-from .conftest import PAGE, ZERO, Row, arrow_image, eligible, page
+from .conftest import PAGE, ZERO, Row, arrow_image, eligible, page, printed
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def invoke(*arguments: str | Path) -> str:
-    """What a command prints; an error of ours is raised."""
-    done = CliRunner().invoke(app, list(map(str, arguments)))
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +57,7 @@ def rows(run: Path, definition: Any) -> list[dict[str, Any]]:
 
 
 def asked(run: Path, *arguments: str | Path) -> Any:
-    return json.loads(invoke("query", run, *arguments, "--json"))
+    return json.loads(printed("query", run, *arguments, "--json"))
 
 
 def test_every_table_is_there_by_its_name(run: Path) -> None:
@@ -78,9 +67,9 @@ def test_every_table_is_there_by_its_name(run: Path) -> None:
         kept = rows(run, table)
         found = asked(run, f"select * from {table.name}")
         assert found == [{name: json_value(value) for name, value in row.items()} for row in kept], table.name
-    listed = invoke("query", run)
+    listed = printed("query", run)
     assert [line.split(":")[0] for line in listed.splitlines()[:-1]] == names
-    assert listed == invoke("query", run, "--list")
+    assert listed == printed("query", run, "--list")
     assert asked(run, "--list")[0].keys() == {"table", "column", "type", "unit", "meaning"}
 
 
@@ -96,23 +85,23 @@ def test_a_digest_is_found_and_printed_as_hexadecimal(run: Path) -> None:
 
 def test_formats(run: Path, tmp_path: Path) -> None:
     sql = "select image_id, zero, null as nothing, zero > 0 as some, digest from images, contents where rank = 1"
-    found = list(csv.DictReader(io.StringIO(invoke("query", run, sql, "--csv"))))
+    found = list(csv.DictReader(io.StringIO(printed("query", run, sql, "--csv"))))
     digest = rows(run, CONTENTS)[0]["digest"].hex()
     assert found[0] == {"image_id": "a", "zero": "40", "nothing": "", "some": "True", "digest": digest}
     assert asked(run, sql)[0] == {"image_id": "a", "zero": 40, "nothing": None, "some": True, "digest": digest}
-    shown = invoke("query", run, sql)
+    shown = printed("query", run, sql)
     assert re.search(rf"^ *a +40 +- +true +{digest} *$", shown, re.M)
     (tmp_path / "x.sql").write_text(f"-- a question\n{sql};\n")
-    assert invoke("query", run, "-f", tmp_path / "x.sql") == shown
+    assert printed("query", run, "-f", tmp_path / "x.sql") == shown
     assert asked(run, "select 1 where false") == []
-    assert invoke("query", run, "select 1 as x where false", "--csv") == "x\n"
-    assert "more rows than 200" in invoke("query", run, "select * from range(300)")
+    assert printed("query", run, "select 1 as x where false", "--csv") == "x\n"
+    assert "more rows than 200" in printed("query", run, "select * from range(300)")
     assert len(asked(run, "select * from range(3000)")) == 3000
     odd = "select 'nan'::double a, 1.5::decimal(9, 2) b, 2::decimal c, [1, null] d, {'x': 1} e, date '2026-01-02' f"
     assert asked(run, odd) == [
         {"a": None, "b": 1.5, "c": 2, "d": [1, None], "e": {"x": 1}, "f": "2026-01-02"},
     ]
-    assert "\x1b" not in invoke("query", run, "select chr(27) || '[31m' as x")
+    assert "\x1b" not in printed("query", run, "select chr(27) || '[31m' as x")
     with pytest.raises(SettingsError, match="has two columns x"):
         asked(run, "select 1 as x, 2 as x")
 
@@ -128,13 +117,13 @@ def test_formats(run: Path, tmp_path: Path) -> None:
 )
 def test_duckdbs_message_is_passed_on(run: Path, sql: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message) as raised:
-        invoke("query", run, sql)
+        printed("query", run, sql)
     assert raised.value.exit_code == 2
     assert len(str(raised.value).splitlines()) <= 6
     with pytest.raises(SettingsError, match="exclude each other"):
-        invoke("query", run, sql, "--list")
+        printed("query", run, sql, "--list")
     with pytest.raises(SettingsError, match="exclude each other"):
-        invoke("query", run, sql, "--json", "--csv")
+        printed("query", run, sql, "--json", "--csv")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +164,7 @@ def test_sql_from_a_stranger_sees_no_file_and_writes_none(run: Path, tmp_path: P
     names = {"other": other, "new": new, "own": own}
     quoted = {name: str(path).replace("'", "''") for name, path in names.items()}
     with pytest.raises(KsmdistError) as raised:
-        invoke("query", run, re.sub(r"\{(other|new|own)\}", lambda match: quoted[match[1]], sql))
+        printed("query", run, re.sub(r"\{(other|new|own)\}", lambda match: quoted[match[1]], sql))
     assert "a secret" not in str(raised.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
@@ -185,19 +174,19 @@ def test_python_is_out_of_reach(run: Path) -> None:
     secret = store.read_table(run, IMAGES)  # DuckDB looks for tables among Python's variables, if it may
     assert len(secret)
     with pytest.raises(SettingsError, match="Table with name secret does not exist"):
-        invoke("query", run, "select * from secret")
+        printed("query", run, "select * from secret")
 
 
 def test_without_duckdb_it_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "duckdb", None)
     with pytest.raises(SettingsError, match=r"DuckDB, which is not installed; .*pip install 'ksmdist\[query\]'"):
-        invoke("query", run, "select 1")
-    assert "images: " in invoke("query", run, "--list")
+        printed("query", run, "select 1")
+    assert "images: " in printed("query", run, "--list")
 
 
 def test_a_damaged_or_missing_run_is_said(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="is no run directory"):
-        invoke("query", tmp_path, "select 1")
+        printed("query", tmp_path, "select 1")
     copy = tmp_path / "copy"
     for path in run.rglob("*"):
         if path.is_file():
@@ -207,9 +196,9 @@ def test_a_damaged_or_missing_run_is_said(run: Path, tmp_path: Path) -> None:
     (copy / IMAGES.file).write_bytes(b"PAR1 and then nothing")
     assert asked(copy, "select count(*) as n from contents") == [{"n": len(rows(run, CONTENTS))}]
     with pytest.raises(KsmdistError, match="Parquet"):
-        invoke("query", copy, "select * from images")
+        printed("query", copy, "select * from images")
     with pytest.raises(SettingsError, match="cannot be read: "):
-        invoke("query", run, "-f", tmp_path / "none.sql")
+        printed("query", run, "-f", tmp_path / "none.sql")
 
 
 # The ten questions.

@@ -14,28 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from typer.testing import CliRunner
 
 import ksmdist
 from ksmdist import report, store
-from ksmdist.cli import app
 from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.report.prometheus import expose
 from ksmdist.report.summary import top_pairs
 from ksmdist.tables import CONTENTS, COUNTERS, HUGE, IMAGES, POLICY, SHARING, SPECTRUM_BUCKETS
 
-from .conftest import PAGE, ZERO, MakeImage, Row, arrow_image, elf_core, eligible, page
+from .conftest import PAGE, ZERO, MakeImage, Row, arrow_image, elf_core, eligible, page, printed
 
 FILLED = b"\x6b" * PAGE
-
-
-def invoke(*arguments: str | Path) -> str:
-    """What a command prints; an error of ours is raised."""
-    done = CliRunner().invoke(app, list(map(str, arguments)))
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +48,7 @@ def table(run: Path, definition: Any) -> list[dict[str, Any]]:
 
 
 def test_json_is_what_the_tables_say(run: Path) -> None:
-    found = json.loads(invoke("report", run, "--json"))
+    found = json.loads(printed("report", run, "--json"))
     summary = json.loads((run / "run.json").read_text())["summary"]
     assert found["run"] == str(run)
     assert found["complete"] is True
@@ -101,7 +90,7 @@ def test_one_image_fits_an_old_terminal(make_raw: MakeImage, tmp_path: Path) -> 
     for number in range(9):  # each bucket of the spectrum has something
         pages += [page(1000 * number + at) for at in range(3)] * (1 << number)
     ksmdist.run([make_raw("guest.raw", pages)], tmp_path / "run")
-    lines = invoke("report", tmp_path / "run").splitlines()
+    lines = printed("report", tmp_path / "run").splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
     text = " ".join(" ".join(lines).split())
@@ -121,7 +110,7 @@ def test_one_image_fits_an_old_terminal(make_raw: MakeImage, tmp_path: Path) -> 
 
 
 def test_people_see_what_tables_say(run: Path) -> None:
-    shown = invoke("report", run)
+    shown = printed("report", run)
     lines = shown.splitlines()
     assert "KSM would save 132.0 KiB of 216.0 KiB" in shown
     at = next(number for number, line in enumerate(lines) if "within images" in line)
@@ -134,7 +123,7 @@ def test_people_see_what_tables_say(run: Path) -> None:
 
 
 def test_the_screen_holds_whatever_the_run(run: Path) -> None:
-    found = json.loads(invoke("report", run, "--json"))
+    found = json.loads(printed("report", run, "--json"))
     long = "\x1b[31m" + "very-long/" * 40 + "\n\u202e"
     pair = found["top_pairs"][0] | {"image_id": long, "other_id": long, "contents": 10**12, "pages": 10**13}
     content = found["top_contents"][0] | {"first_image": long, "region": long, "copies": 10**12, "kind": "other"}
@@ -169,11 +158,11 @@ def test_the_screen_holds_whatever_the_run(run: Path) -> None:
 def test_holes_are_said(tmp_path: Path) -> None:
     (tmp_path / "core").write_bytes(elf_core([(0, page(1) + page(2), 2 * PAGE)])[:-PAGE])
     ksmdist.run([tmp_path / "core"], tmp_path / "run")
-    shown = invoke("report", tmp_path / "run")
+    shown = printed("report", tmp_path / "run")
     assert "INCOMPLETE: see below." in shown.splitlines()[0] + " " + shown.splitlines()[1]
     assert "INCOMPLETE: 1 pages in 1 ranges could not be read and are not counted" in shown
-    assert json.loads(invoke("report", tmp_path / "run", "--json"))["complete"] is False
-    assert "\nksmdist_run_holes 1\n" in invoke("report", tmp_path / "run", "--prometheus")
+    assert json.loads(printed("report", tmp_path / "run", "--json"))["complete"] is False
+    assert "\nksmdist_run_holes 1\n" in printed("report", tmp_path / "run", "--prometheus")
 
 
 def test_pages_that_change_between_passes(make_raw: MakeImage, tmp_path: Path) -> None:
@@ -181,7 +170,7 @@ def test_pages_that_change_between_passes(make_raw: MakeImage, tmp_path: Path) -
     ksmdist.run([make_raw("a.raw", pages)], tmp_path / "first", ksmdist.Settings(checksums=True))
     image = make_raw("a.raw", [*pages[:6], page(1), page(4)])
     ksmdist.run([image], tmp_path / "second", previous=tmp_path / "first")
-    found = json.loads(invoke("report", tmp_path / "second", "--json"))
+    found = json.loads(printed("report", tmp_path / "second", "--json"))
     assert [row["volatile"] for row in found["counters"]] == ["excluded", "included"]
     assert found["passes"] == {
         "pages": 8,
@@ -193,10 +182,10 @@ def test_pages_that_change_between_passes(make_raw: MakeImage, tmp_path: Path) -
         "images": 1,
         "saved_bytes_lost": PAGE,
     }
-    shown = " ".join(invoke("report", tmp_path / "second").split())
+    shown = " ".join(printed("report", tmp_path / "second").split())
     assert "volatile: of 8 pages in the last of 2 passes 2 changed since the one before" in shown
     assert "4.0 KiB more would be saved" in shown
-    samples = parsed(invoke("report", tmp_path / "second", "--prometheus"))
+    samples = parsed(printed("report", tmp_path / "second", "--prometheus"))
     assert samples["ksmdist_content_merges"] == {'volatile="excluded"': 2, 'volatile="included"': 3}
     assert samples["node_ksmd_pages_volatile"] == {"": 2}
 
@@ -252,7 +241,7 @@ def parsed(text: str) -> dict[str, dict[str, float]]:
 
 
 def test_metrics_are_what_the_tables_say(run: Path) -> None:
-    text = invoke("report", run, "--prometheus")
+    text = printed("report", run, "--prometheus")
     samples = parsed(text)
     (counters,) = table(run, COUNTERS)
     node = {name.removeprefix("node_ksmd_") for name in samples if name.startswith("node_ksmd_")}
@@ -282,16 +271,16 @@ def test_metrics_of_the_run_have_the_same_names_and_help(run: Path) -> None:
     def headings(text: str) -> dict[str, str]:
         return dict(line[7:].split(" ", 1) for line in text.splitlines() if line.startswith("# HELP "))
 
-    ran, found = headings((run / "metrics.prom").read_text()), headings(invoke("report", run, "--prometheus"))
+    ran, found = headings((run / "metrics.prom").read_text()), headings(printed("report", run, "--prometheus"))
     assert set(ran) & set(found) == {"ksmdist_run_pages", "ksmdist_run_holes", "ksmdist_run_images_out_of_reach"}
     assert all(found[name] == ran[name] for name in set(ran) & set(found))
 
 
 def test_what_is_not_known_has_no_sample(run: Path, make_raw: MakeImage, tmp_path: Path) -> None:
-    samples = parsed(invoke("report", run, "--prometheus"))
+    samples = parsed(printed("report", run, "--prometheus"))
     assert "ksmdist_pages_scanned" not in samples
     ksmdist.run([make_raw("a.raw", [ZERO] * 3)], tmp_path / "old", ksmdist.Settings(kernel="6.1", use_zero_pages=True))
-    old = parsed(invoke("report", tmp_path / "old", "--prometheus"))
+    old = parsed(printed("report", tmp_path / "old", "--prometheus"))
     (counters,) = table(tmp_path / "old", COUNTERS)
     assert counters["ksm_zero_pages"] is None
     assert "ksmdist_ksm_zero_pages" not in old
@@ -299,7 +288,7 @@ def test_what_is_not_known_has_no_sample(run: Path, make_raw: MakeImage, tmp_pat
 
 
 def test_labels_are_escaped(run: Path) -> None:
-    found = json.loads(invoke("report", run, "--json"))
+    found = json.loads(printed("report", run, "--json"))
     names = ['quote " and \\ and', "two\nlines", "{},=", "ü"]
     row = table(run, IMAGES)[0]
     images = pa.Table.from_pylist(
@@ -317,26 +306,26 @@ def test_labels_are_escaped(run: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--prometheus", "--json"])
 def test_output_goes_to_a_file_whole(run: Path, tmp_path: Path, option: str) -> None:
-    assert invoke("report", run, option, "-o", tmp_path / "x") == ""
-    assert (tmp_path / "x").read_text() == invoke("report", run, option)
+    assert printed("report", run, option, "-o", tmp_path / "x") == ""
+    assert (tmp_path / "x").read_text() == printed("report", run, option)
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
 
 
 def test_the_page_is_written_whole(run: Path, tmp_path: Path) -> None:
-    assert invoke("report", run, "--html", tmp_path / "x.html") == f"page: {tmp_path / 'x.html'}\n"
+    assert printed("report", run, "--html", tmp_path / "x.html") == f"page: {tmp_path / 'x.html'}\n"
     assert (tmp_path / "x.html").read_text().rstrip().endswith("</html>")
     assert stat.S_IMODE((tmp_path / "x.html").stat().st_mode) == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.html"]
     with pytest.raises(RunDirectoryError, match="cannot be written: No such file"):
-        invoke("report", run, "--html", tmp_path / "no" / "x.html")
+        printed("report", run, "--html", tmp_path / "no" / "x.html")
 
 
 def test_wrong_arguments_and_runs_are_said(run: Path, tmp_path: Path) -> None:
     for arguments in (["--json", "--prometheus"], ["-o", "x"]):
         with pytest.raises(SettingsError):
-            invoke("report", run, *arguments)
+            printed("report", run, *arguments)
     with pytest.raises(RunDirectoryError, match="is no run directory"):
-        invoke("report", tmp_path)
+        printed("report", tmp_path)
 
 
 def test_a_run_with_a_table_missing_says_which(make_raw: MakeImage, tmp_path: Path) -> None:
@@ -344,11 +333,11 @@ def test_a_run_with_a_table_missing_says_which(make_raw: MakeImage, tmp_path: Pa
     path = tmp_path / "run" / SHARING.file
     path.unlink()
     with pytest.raises(RunDirectoryError, match=r"has no readable table sharing: sharing\.parquet is not there"):
-        invoke("report", tmp_path / "run")
+        printed("report", tmp_path / "run")
     path.write_bytes(b"PAR1 and then nothing")
     with pytest.raises(RunDirectoryError, match="has no readable table sharing: "):
-        invoke("report", tmp_path / "run")
+        printed("report", tmp_path / "run")
     columns: Mapping[str, list[int]] = {name: [1] for name in SHARING.schema.names}
     pq.write_table(pa.table(columns), path)
     with pytest.raises(RunDirectoryError, match="columns of other types"):
-        invoke("report", tmp_path / "run")
+        printed("report", tmp_path / "run")
