@@ -78,6 +78,7 @@ def read(region_names: Sequence[str], settings: Settings, scan: stages.Scan) -> 
             arrow(np.zeros(rows, bool)),
             arrow(pages),
             arrow((np.uint64(shard.start) + place) * np.uint64(4096)),
+            arrow(((pages - 1) + (place % 512).astype(np.int64)).clip(0, 511).astype(np.uint16)),
             arrow(np.full(rows, -1, np.int32)),
             pa.nulls(rows, pa.uint64()),
             arrow(np.zeros(rows, np.uint64), null=np.arange(rows) >= frames),

@@ -369,7 +369,7 @@ class Checkpoint:
         return is_complete(self.path)
 
     def finished(self) -> int:
-        """How many tasks of the map have a mark."""
+        """How many scans are done, of earlier passes too."""
         return unfinished(self.path)
 
     def drop_parts(self) -> None:
@@ -446,8 +446,9 @@ def is_complete(path: Path) -> bool:
 
 
 def unfinished(path: Path) -> int:
-    """Finished tasks of the map in the unfinished run that was to be at `path`; 0 where there is none."""
-    return sum(1 for _ in (_partial(path) / "work").glob("0-*.json"))
+    """Finished scans, of earlier passes too, in the unfinished run that was to be at `path`; 0 where there is none."""
+    work = _partial(path) / "work"
+    return sum(1 for pattern in ("0-*.json", "pass-*.parquet") for _ in work.glob(pattern))
 
 
 def _partial(path: Path) -> Path:

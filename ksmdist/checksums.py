@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ksmdist.tables import CHECKSUMS
 __all__ = ["Stretch", "find", "read", "read_summary", "write"]
 
 _SUMMARY = b"ksmdist.compared"
+_GROUP_ROWS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,9 @@ class Stretch:
 
 
 def write(path: Path, tables: Iterable[pa.Table], compared: Mapping[int, Compared]) -> None:
-    """Write `checksums` rows, a row group for each table, which is of one image; compared: by image, kept with them.
+    """Write `checksums` rows, tables of one image each, in order; compared: by image, kept with them.
+
+    A row group is of one image, and of as many pages as a shard has at most.
 
     Raises RunDirectoryError where it cannot be written.
     """
@@ -49,13 +52,26 @@ def write(path: Path, tables: Iterable[pa.Table], compared: Mapping[int, Compare
                 sink, schema, compression="zstd", compression_level=1, use_dictionary=["image", "age"]
             ) as to,
         ):
-            for table in tables:
-                if len(table):
-                    to.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=len(table))
+            for table in _joined(tables):
+                to.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=len(table))
     except OSError as error:
         raise RunDirectoryError(
             f"cannot be written: {error.strerror or error}", str(path), "free some space, or choose another -o"
         ) from None
+
+
+def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Neighbours of one image together, up to _GROUP_ROWS: batches of pages may be small."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        if len(table) == 0:
+            continue
+        if waiting and (waiting[0]["image"][0] != table["image"][0] or sum(map(len, waiting)) >= _GROUP_ROWS):
+            yield pa.concat_tables(waiting)
+            waiting = []
+        waiting.append(table)
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def read_summary(path: Path) -> dict[int, Compared] | None:

@@ -7,7 +7,7 @@ ksm_next_page_pmd_entry (6.18): present, anonymous, in a VM_MERGEABLE mapping.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from ksmdist.groups import group_any, group_min, group_starts, group_sum, order_
 from ksmdist.settings import Settings
 from ksmdist.tables import CLASSES, KINDS, PAGE_FLAGS, REASONS, SHARD_CONTENT
 
-__all__ = ["Classified", "classify", "combine", "digest_words", "huge_page_bytes"]
+__all__ = ["Classified", "classify", "combine", "digest_words", "huge_page_bytes", "last_address"]
 
 _CLASS = {name: code for code, name in enumerate(CLASSES)}
 _DECIDED_LATER = len(CLASSES)
@@ -33,7 +33,8 @@ class Classified:
     kinds:   int64[len(KINDS)], pages
     regions: int64[n + 1, len(REASONS)], pages by the image's own n regions, those of none last
     colors:  int64[zero_page_colors, 2], zero pages and those of read faults by colour
-    framed:  eligible pages with bytes of their own of which it is known whether others share their frame
+    framed:  int64[2], eligible pages with bytes of their own of which it is known whether others share their frame:
+             those that are not volatile, those that are
     content: `shard_content` rows, a row a page but for zero pages; combine() makes the table of them
     """
 
@@ -41,7 +42,7 @@ class Classified:
     kinds: np.ndarray
     regions: np.ndarray
     colors: np.ndarray
-    framed: int
+    framed: np.ndarray
     content: pa.Table
 
 
@@ -105,10 +106,12 @@ def classify(
     # A page that KSM mapped to the zero page was a zero page with a frame of its own before.
     zeros = zero | (may & by_ksm)
     framed = present(page.column("frame")) & has_bytes
-    first, last, count = _zero_rows(zeros, may, node, number, changed, address // np.uint64(size), framed)
+    block = address // np.uint64(size)
+    thp = flag("huge")
+    first, last, count, of_zeros = _zero_rows(zeros, may, node, number, changed, block, framed, thp)
     other = np.flatnonzero(has_bytes & ~zero)
     n = len(first)
-    at = np.concatenate((first, other))
+    at, ends = np.concatenate((first, other)), np.concatenate((last, other))
     rows = _Rows(
         digest=np.concatenate(
             (np.tile(np.frombuffer(fill_digest(0, settings.page_size), np.uint8), (n, 1)), digest[other])
@@ -117,19 +120,21 @@ def classify(
         node=node[at],
         eligible=may[at],
         huge=number[at],
-        thp=flag("huge")[at],
+        thp=np.concatenate((of_zeros, thp[other])),
         volatile=changed[at],
         pages=np.concatenate((count, np.ones(len(other), np.int64))),
         address=address[at],
-        region=numbers[np.concatenate((last, other))],
+        last=(address[ends] % np.uint64(size) // np.uint64(settings.page_size)).astype(np.uint16),
+        region=numbers[ends],
         frame=frame[at],
         framed=framed[at],
         word=np.concatenate((np.zeros(n, np.uint64), word[other])),
         filled=np.concatenate((np.ones(n, bool), filled[other])),
     )
     colors = _colors(address, zeros & may & ~changed, zero_mapped & ~by_ksm & may, settings)
-    known = int((may & has_bytes & ~changed & (framed | flag("exclusive"))).sum())
-    return Classified(classes, kinds, by_region.reshape(-1, len(REASONS)), colors, known, rows.table())
+    known = may & has_bytes & (framed | flag("exclusive"))
+    known_frames = np.array([(known & ~changed).sum(), (known & changed).sum()], np.int64)
+    return Classified(classes, kinds, by_region.reshape(-1, len(REASONS)), colors, known_frames, rows.table())
 
 
 def _first_of(default: int, *cases: tuple[np.ndarray, int]) -> np.ndarray:
@@ -172,15 +177,18 @@ def combine(contents: Sequence[pa.Table], page_size: int) -> pa.Table:
     """
     if not any(map(len, contents)):
         return SHARD_CONTENT.schema.empty_table()
-    digest, image, node, may, huge, thp, volatile, pages, address, region, frame, word = (
+    digest, image, node, may, huge, thp, volatile, pages, address, last, region, frame, word = (
         joined(contents, name) for name in SHARD_CONTENT.schema.names
     )
     framed, filled = (_present(contents, name) for name in ("frame", "fill_word"))
-    rows = _Rows(digest, image, node, may, huge, thp, volatile, pages, address, region, frame, framed, word, filled)
+    rows = _Rows(
+        digest, image, node, may, huge, thp, volatile, pages, address, last, region, frame, framed, word, filled
+    )
     high, low = digest_words(rows.digest)
-    order = order_by(high, low, rows.image, rows.node, rows.eligible, rows.huge, rows.volatile, rows.address)
+    ends = last_address(rows.address, rows.last, page_size)
+    order = order_by(high, low, rows.image, rows.node, rows.eligible, rows.huge, rows.volatile, ends)
     high, low, rows = high[order], low[order], rows.take(order)
-    block = rows.address // np.uint64(huge_page_bytes(page_size))
+    block = ends[order] // np.uint64(huge_page_bytes(page_size))
     starts = group_starts(high, low, rows.image, rows.node, rows.eligible, rows.huge, rows.volatile, block)
     if rows.framed.any():
         of_content = group_starts(high, low)
@@ -189,11 +197,22 @@ def combine(contents: Sequence[pa.Table], page_size: int) -> pa.Table:
         starts = np.flatnonzero(apart)
     if len(starts) == len(order):
         return rows.table()
-    combined = rows.take(starts)
-    last = np.append(starts[1:], len(order)) - 1
-    return combined.table(
-        pages=group_sum(rows.pages, starts), address=group_min(rows.address, starts), region=rows.region[last]
+    ends = np.append(starts[1:], len(order)) - 1
+    combined = replace(
+        rows.take(starts),
+        thp=group_any(rows.thp, starts),
+        pages=group_sum(rows.pages, starts),
+        address=group_min(rows.address, starts),
+        last=rows.last[ends],
+        region=rows.region[ends],
     )
+    return combined.table()
+
+
+def last_address(address: np.ndarray, last: np.ndarray, page_size: int) -> np.ndarray:
+    """uint64[n]: addresses of the last pages of `shard_content` rows. address, last: first_address, last_page."""
+    size = np.uint64(huge_page_bytes(page_size))
+    return np.asarray(address - address % size + last.astype(np.uint64) * np.uint64(page_size))
 
 
 def _present(contents: Sequence[pa.Table], name: str) -> np.ndarray:
@@ -219,6 +238,7 @@ class _Rows:
     volatile: np.ndarray
     pages: np.ndarray
     address: np.ndarray
+    last: np.ndarray
     region: np.ndarray
     frame: np.ndarray
     framed: np.ndarray
@@ -237,6 +257,7 @@ class _Rows:
             _taken(self.volatile, at),
             self.pages[at],
             self.address[at],
+            self.last[at],
             _taken(self.region, at),
             _taken(self.frame, at),
             _taken(self.framed, at),
@@ -244,10 +265,8 @@ class _Rows:
             self.filled[at],
         )
 
-    def table(
-        self, pages: np.ndarray | None = None, address: np.ndarray | None = None, region: np.ndarray | None = None
-    ) -> pa.Table:
-        """The rows as `shard_content`, with these columns instead of its own where given."""
+    def table(self) -> pa.Table:
+        """The rows as `shard_content`."""
         columns = [
             self.digest,
             self.image,
@@ -256,9 +275,10 @@ class _Rows:
             self.huge,
             self.thp,
             self.volatile,
-            self.pages if pages is None else pages,
-            self.address if address is None else address,
-            self.region if region is None else region,
+            self.pages,
+            self.address,
+            self.last,
+            self.region,
         ]
         nullable = [arrow(self.frame, null=~self.framed), arrow(self.word, null=~self.filled)]
         return pa.Table.from_arrays([*map(arrow, columns), *nullable], schema=SHARD_CONTENT.schema)
@@ -277,18 +297,19 @@ def _zero_rows(
     volatile: np.ndarray,
     block: np.ndarray,
     framed: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Zero pages by (node, eligible, huge page, volatile, block): first row, last row, pages.
+    thp: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Zero pages by (node, eligible, huge page, volatile, block): first row, last row, pages, whether any is thp.
 
     One by one if any has a frame. block: number of the aligned frame of the size of a huge page, ascending.
     """
     at = np.flatnonzero(zero)
     if len(at) == 0 or framed[at].any():
-        return at, at, np.ones(len(at), np.int64)
+        return at, at, np.ones(len(at), np.int64), thp[at]
     columns = [column[at] for column in (node, may, huge, volatile)]
     if any(bool((column != column[0]).any()) for column in columns):
         order = np.lexsort((at, *reversed(columns)))
         at, columns = at[order], [column[order] for column in columns]
     starts = group_starts(*columns, block[at])
     ends = np.append(starts[1:], len(at))
-    return at[starts], at[ends - 1], ends - starts
+    return at[starts], at[ends - 1], ends - starts, group_any(thp[at], starts)

@@ -120,16 +120,16 @@ def _page_tables(words: np.ndarray) -> np.ndarray:
     """bool[n]: pages that look like page tables of x86-64 or AArch64.
 
     Eight entries or more; each is 0 or has its lowest bit (present, valid) and names a frame below 2^46 bytes; few
-    kinds of attributes; no frame twice.
+    kinds of attributes (the low 12 bits, and from bit 50 on: AArch64 has DBM and GP there); no frame twice.
     """
     used = words != 0
-    valid = ((words & np.uint64(1)) == 1) & ((words & np.uint64(0x07F0C00000000000)) == 0)
+    valid = ((words & np.uint64(1)) == 1) & ((words & np.uint64(0x0003C00000000000)) == 0)
     likely = np.flatnonzero((used.sum(axis=1) >= 8) & (valid | ~used).all(axis=1))
     found = np.zeros(len(words), bool)
     for row in likely.tolist():
         entries = words[row][used[row]]
-        frames = entries & np.uint64(0x3FFFFFFFF000)
-        attributes = np.unique(entries & np.uint64(0xFFF))
+        frames = entries & np.uint64(0x00003FFFFFFFF000)
+        attributes = np.unique(entries & np.uint64(0xFFFC000000000FFF))
         found[row] = len(attributes) <= 8 and bool((frames != 0).all()) and len(np.unique(frames)) == len(frames)
     return found
 

@@ -74,7 +74,7 @@ class Outcome:
     totals:    of all merges; changing: the same, with pages that changed between passes counted as if they had not
     huge:      the parts of table `huge`
     seen:      what contents of totals.top are, by row
-    history:   passes of the images
+    history:   passes of the images; previous: path of the run before
     """
 
     settings: Settings
@@ -89,6 +89,7 @@ class Outcome:
     huge: Sequence[pa.Table]
     seen: Mapping[int, Seen]
     history: History
+    previous: str | None
 
     @cached_property
     def holes_table(self) -> pa.Table:
@@ -115,7 +116,7 @@ class Outcome:
         """What KSM would show had no page changed between passes; None where there was one pass."""
         if self.changing is None:
             return None
-        images = scanned.as_if_still(self.sharing.images, self.totals.shares, self.changing.shares)
+        images = scanned.as_if_still(self.sharing.images, self.found, self.totals.shares, self.changing.shares)
         return counters.predict(self._sharing(images, self.changing), self.settings)
 
     @cached_property
@@ -183,6 +184,12 @@ class Outcome:
         """What the counts do not show, for people."""
         said = [f"{image.image_id}: {caveat}" for image in self.opened for caveat in image.info.caveats]
         said += [f"left out: {name}: {why}" for name, why in self.left_out]
+        top = 0 if self.totals.top is None else len(self.totals.top.copies)
+        if len(self.seen) < top:
+            said.append(
+                f"contents: the first pages of {top - len(self.seen):,} of {top:,} could not be read again: what these "
+                "contents are is not known"
+            )
         several = self.history.images
         for number, image in enumerate(self.opened):
             if several and number not in several and image.reached:
@@ -202,6 +209,7 @@ class Outcome:
             "images": [_of_manifest(image) for image in self.opened],
             "identities": [asdict(identity) | {"holds": identity.holds} for identity in self.identities],
             "caveats": self.caveats,
+            "previous": self.previous,
         }
 
 

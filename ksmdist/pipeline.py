@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -70,10 +71,8 @@ def run(
     more = [] if before is None else earlier_run.sources(before, settings.page_size)
     with roster.opened(paths, manifest, settings, engine, address, progress, clock, strict, more) as looked:
         opened, left_out, choice, runner = looked
-        if before is not None and more:
-            earlier_run.check_images(before, opened)
-            before = None
-        if before is not None or any(image.earlier for image in opened):
+        described_run = None if before is None else earlier_run.describe(before, opened)
+        if described_run is not None or any(image.earlier for image in opened):
             settings = replace(settings, checksums=True)
         machines = runner.machines()
         settings = plan.fill(settings, sum(image.info.pages for image in opened), machines.memory_a_cpu)
@@ -81,7 +80,7 @@ def run(
             "settings": settings.as_dict(),
             "images": [image.as_json() for image in opened],
             "left_out": [list(pair) for pair in left_out],
-            "previous": None if before is None else str(before),
+            "previous": described_run,
         }
         return _run(Checkpoint.begin(_absolute(out), described), Path(out), runner, choice, progress, clock)
 
@@ -108,7 +107,7 @@ def resume(
     if task_memory is not None:
         held.plan["settings"] = replace(settings, task_memory=task_memory).as_dict()
     try:
-        nbytes = sum(image.info.pages for image in opened) * settings.page_size
+        nbytes = (sum(image.info.pages for image in opened) + _earlier_pages(opened)) * settings.page_size
         choice = engines.choose(engine, address, nbytes)
         progress.engine(choice.name, choice.why)
         runner = engines.start(choice)
@@ -152,17 +151,20 @@ def estimate(
         settings = plan.fill(settings, sum(pages), machines.memory_a_cpu)
         planned = plan.plan(pages, [image.node for image in opened], settings)
         missing = tuple(image.image_id for image in opened if not image.reached)
-        remote = sum(image.info.pages for image in opened if is_uri(image.info.path))
+        every = [one for image in opened for one in (image, *image.earlier)]
+        remote = sum(image.info.pages for image in every if is_uri(image.info.path))
         if cpus is not None:
             choice = engines.Choice("ray", choice.address, f"a cluster of {cpus} CPUs was named")
         start_s = engines.RAY_START_S if choice.name == "ray" and not choice.address else _START_S
         count = cpus or machines.cpus
         cluster = choice.address is not None or cpus is not None
-        found = planned.estimate(pages, remote, count, choice.name != "inline", start_s, cluster)
+        found = planned.estimate(
+            pages, remote, count, choice.name != "inline", start_s, cluster, _earlier_pages(opened)
+        )
         return Planned(settings, found, choice, missing)
 
 
-def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, str]], Path | None]:
+def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, str]], dict[str, Any] | None]:
     """What plan.json says: settings, images, files left out, the run before.
 
     Raises RunDirectoryError where it is not what run() wrote.
@@ -172,7 +174,7 @@ def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, 
             Settings(**held.plan["settings"]),
             [Opened.from_json(image) for image in held.plan["images"]],
             [(str(name), str(why)) for name, why in held.plan["left_out"]],
-            None if held.plan["previous"] is None else Path(held.plan["previous"]),
+            held.plan["previous"],
         )
     except (KeyError, TypeError, ValueError, SettingsError) as error:
         held.close()
@@ -190,13 +192,13 @@ def _run(held: Checkpoint, out: Path, runner: Engine, choice: engines.Choice, pr
         held.finish()
     except BaseException as error:
         finished, complete = held.finished(), held.complete
+        tasks = len(planned.tasks) + sum(len(_plan_pass(n, opened, settings).tasks) for n in range(_passes(opened)))
         if held.close() and isinstance(error, KsmdistError) and not complete:
             cluster = f" --address {choice.address}" if choice.address else ""
             raise type(error)(
                 error.what,
                 error.where,
-                f"{error.hint}; {finished} of {len(planned.tasks)} tasks are done and kept: "
-                f"ksmdist run --resume {out}{cluster}",
+                f"{error.hint}; {finished} of {tasks} tasks are done and kept: ksmdist run --resume {out}{cluster}",
             ) from None
         raise
     held.close()
@@ -209,7 +211,7 @@ def _flow(
     planned: Plan,
     opened: Sequence[Opened],
     left_out: Sequence[tuple[str, str]],
-    previous: Path | None,
+    previous: Mapping[str, Any] | None,
     runner: Engine,
     choice: engines.Choice,
     progress: Progress,
@@ -223,9 +225,10 @@ def _flow(
     total = sum(info.pages for info in infos)
 
     # Passes before the one that is counted.
-    history = History.of(None if previous is None else earlier_run.load(previous, ids), ids)
-    for number in range(max((len(image.earlier) for image in opened), default=0)):
-        _earlier_pass(number, history, directory, opened, settings, runner)
+    history = History.of(earlier_run.load(previous, ids), ids)
+    progress.scanning(total + _earlier_pages(opened), settings.page_size)
+    for number in range(_passes(opened)):
+        _earlier_pass(number, history, directory, opened, settings, runner, progress)
         clock.lap("checksum", f"pass {number + 1}", progress)
 
     # Map.
@@ -244,7 +247,6 @@ def _flow(
         again += result.again
         progress.scanned(result.mapped.pages)
 
-    progress.scanning(total, settings.page_size)
     names = sorted({name for info in infos for name in info.regions if name})
     scan = functools.partial(stages.scan, directory, names, settings, stages.read_shards)
     tasks = [
@@ -348,18 +350,21 @@ def _flow(
         related.__setitem__,
     )
     seen: dict[int, Seen] = {}
-    looks = outcome.looks(totals.top, opened)
-    runner.run(
-        Stage(
-            "inspect",
-            stages.inspect,
-            lambda task: f"inspect {len(task.rows)} contents",
-            lambda task: task.node,
-            lambda result: {"contents": len(result)},
-        ),
-        looks,
-        lambda _, result: seen.update(result),
-    )
+    nodes = runner.machines().nodes
+    try:
+        runner.run(
+            Stage(
+                "inspect",
+                stages.inspect,
+                lambda task: f"inspect {len(task.rows)} contents",
+                lambda task: task.node,
+                lambda result: {"contents": len(result)},
+            ),
+            [task for task in outcome.looks(totals.top, opened) if not task.node or task.node in nodes],
+            lambda _, result: seen.update(result),
+        )
+    except EngineError as error:  # a node has left: all is counted, and a caveat says what is not known
+        progress.stage(f"inspect: {error}")
     clock.lap("relate", f"{len(related)} tasks, {len(seen):,} contents looked at", progress)
 
     # Count.
@@ -376,6 +381,7 @@ def _flow(
         huge=[related[number][0] for number in range(len(related))],
         seen=seen,
         history=history,
+        previous=None if previous is None else previous["run"],
     )
     tables = done.tables()
     for name, table in tables.items():
@@ -390,6 +396,7 @@ def _flow(
     store.write_text(metrics(laps, summary, len(tasks), len(pieces), again), directory, "metrics.prom")
     timings = {
         "start_s": round(laps.get("open", 0) + laps["start"], 3),
+        "checksum_s": round(laps.get("checksum", 0), 3),
         "scan_s": round(laps["scan"], 3),
         "combine_s": round(laps.get("combine", 0), 3),
         "merge_s": round(laps["merge"] + laps["relate"] + laps["count"], 3),
@@ -424,26 +431,51 @@ def _absolute(out: str | os.PathLike[str]) -> Path:
     return Path(path if os.path.islink(path) else os.path.realpath(path))
 
 
-def _earlier_pass(
-    level: int, history: History, directory: Path, opened: Sequence[Opened], settings: Settings, runner: Engine
-) -> None:
-    """Checksum pass `level`, from 0, of the images that have a later one, and compare it with the one before."""
-    images = {number: image.earlier[level] for number, image in enumerate(opened) if len(image.earlier) > level}
+def _passes(opened: Sequence[Opened]) -> int:
+    """Most passes that an image has before its last."""
+    return max((len(image.earlier) for image in opened), default=0)
+
+
+def _earlier_pages(opened: Sequence[Opened]) -> int:
+    return sum(earlier.info.pages for image in opened for earlier in image.earlier)
+
+
+def _of_pass(level: int, opened: Sequence[Opened]) -> dict[int, Opened]:
+    """Images that have a later pass than `level`, from 0, as they are in it, by number."""
+    return {number: image.earlier[level] for number, image in enumerate(opened) if len(image.earlier) > level}
+
+
+def _plan_pass(level: int, opened: Sequence[Opened], settings: Settings) -> Plan:
+    images = _of_pass(level, opened)
     sizes = [images[number].info.pages if number in images else 0 for number in range(len(opened))]
     nodes = [images[number].node if number in images else "" for number in range(len(opened))]
-    planned = plan.plan(sizes, nodes, settings)
+    return plan.plan(sizes, nodes, settings)
+
+
+def _earlier_pass(
+    level: int,
+    history: History,
+    directory: Path,
+    opened: Sequence[Opened],
+    settings: Settings,
+    runner: Engine,
+    progress: Progress,
+) -> None:
+    """Checksum pass `level`, from 0, of the images that have a later one, and compare it with the one before."""
+    images, planned = _of_pass(level, opened), _plan_pass(level, opened, settings)
     found = [Compared() for _ in opened]
 
-    def on_checksummed(_: int, result: Mapping[int, Compared]) -> None:
+    def on_checksummed(task: int, result: Mapping[int, Compared]) -> None:
         for number, compared in result.items():
             found[number].add(compared)
+        progress.scanned(planned.tasks[task].pages)
 
     runner.run(
         Stage(
             "checksum",
             functools.partial(stages.checksum, directory, level),
             lambda scan: f"pass {level + 1}: {_describe_scan(scan)}",
-            lambda scan: scan.task.node,
+            lambda scan: "" if stages.is_checksummed(directory, level, scan) else scan.task.node,
             lambda result: {"pages": sum(compared.pages for compared in result.values())},
             planned.scan_memory,
             False,

@@ -40,6 +40,9 @@ SCAN_BYTES = 400
 ROW_BYTES = 67
 """Bytes a row of `shard_content` takes on disk, uncompressed (benchmarks/scale.py)."""
 
+CHECKSUM_BYTES = 5
+"""Bytes that a page's checksum takes on disk."""
+
 PROCESS_BYTES = 160 << 20
 """A process with Python, numpy, Arrow and ksmdist in it, before it does anything (benchmarks/scale.py)."""
 
@@ -138,11 +141,19 @@ class Plan:
         return BATCH_MEMORY + max((task.pages for task in self.tasks), default=0) * SCAN_BYTES
 
     def estimate(
-        self, pages: Sequence[int], remote_pages: int, cpus: int, scan_on_all: bool, start_s: float, cluster: bool
+        self,
+        pages: Sequence[int],
+        remote_pages: int,
+        cpus: int,
+        scan_on_all: bool,
+        start_s: float,
+        cluster: bool,
+        earlier_pages: int = 0,
     ) -> Estimate:
         """What it will take on `cpus` CPUs, with no more known than the sizes of the images.
 
         scan_on_all: whether scans run on all of them, as merges do; remote_pages: pages in object stores.
+        earlier_pages: of earlier passes, which are read, and whose checksums are kept meanwhile.
         Every page is taken for a content of its own, which bounds memory, disk and network from above.
         The time is that of pages that are in the page cache.
         """
@@ -152,9 +163,9 @@ class Plan:
         combine_tasks = sum(map(len, combinations(len(self.tasks), self.settings.fan_in)))
         rounds = 1 + len(combinations(len(self.tasks), self.settings.fan_in))
         rows_a_piece = min(-(-total // self.settings.ranges), share(self.settings.task_memory))
-        gib = total * self.settings.page_size / (1 << 30)
+        gib = (total + earlier_pages) * self.settings.page_size / (1 << 30)
         read = remote_pages * self.settings.page_size
-        work = total * ROW_BYTES
+        work = total * ROW_BYTES + earlier_pages * CHECKSUM_BYTES
         return Estimate(
             pages=total,
             images=len(pages),

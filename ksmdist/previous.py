@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from ksmdist import checksums, store
 from ksmdist.checksums import Stretch
 from ksmdist.errors import RunDirectoryError, SettingsError
@@ -16,7 +18,7 @@ from ksmdist.plan import Task
 from ksmdist.scanned import Opened
 from ksmdist.tables import CHECKSUMS, IMAGES, KINDS, PASSES
 
-__all__ = ["History", "Previous", "check_images", "load", "sources"]
+__all__ = ["History", "Previous", "describe", "load", "sources"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,29 +112,53 @@ def sources(path: Path, page_size: int) -> list[Source]:
             host=image["host"],
             tenant=image["tenant"],
             kind=image["kind"],
-            pass_number=1,
         )
         for image in manifest["images"]
         if image["reached"]
     ]
 
 
-def check_images(path: Path, opened: Sequence[Opened]) -> None:
-    """Raises RunDirectoryError where an image of an earlier run, which is read again, is not as it was then."""
-    was = {image["image_id"]: image["fingerprint"] for image in store.read_manifest(path)["images"]}
-    for image in opened:
-        for earlier in image.earlier[:1]:
-            if was.get(earlier.image_id) != earlier.info.fingerprint:
-                raise RunDirectoryError(
-                    f"kept no checksums, and its image {earlier.info.path} has changed since",
-                    str(path),
-                    "run with --checksums what is to be compared with later",
-                )
+def describe(path: Path, opened: Sequence[Opened]) -> dict[str, Any]:
+    """What plan.json keeps of an earlier run: enough to know it again.
 
-
-def load(path: Path, image_ids: Sequence[str]) -> Previous:
-    """The passes and checksums that an earlier run kept of these images. Raises RunDirectoryError."""
+    opened: this run's images; where the earlier run kept no checksums, with its own as their first pass.
+    Raises SettingsError where none of them is of that run, RunDirectoryError where one that is read again has changed.
+    """
     manifest = store.read_manifest(path)
+    was = {image["image_id"]: image["fingerprint"] for image in manifest["images"] if image["reached"]}
+    here = [image for image in opened if image.image_id in was]
+    if not here:
+        raise SettingsError(
+            "has none of these images", str(path), f"they go by their names: {', '.join(sorted(was)[:5])} are there"
+        )
+    kept = manifest["settings"]["checksums"]
+    for image in here:
+        if not kept and image.earlier and was[image.image_id] != image.earlier[0].info.fingerprint:
+            raise RunDirectoryError(
+                f"kept no checksums, and its image {image.earlier[0].info.path} has changed since",
+                str(path),
+                "run with --checksums what is to be compared with later",
+            )
+    return {"run": str(path), "checksums": kept, "fingerprint": _fingerprint(path)}
+
+
+def _fingerprint(path: Path) -> str:
+    return xxhash.xxh3_128_hexdigest((path / "run.json").read_bytes())
+
+
+def load(described: Mapping[str, Any] | None, image_ids: Sequence[str]) -> Previous | None:
+    """The passes and checksums that an earlier run kept of these images; None where there is none, or kept none.
+
+    described: as describe() gave it. Raises RunDirectoryError.
+    """
+    if described is None or not described["checksums"]:
+        return None
+    path = Path(described["run"])
+    manifest = store.read_manifest(path)
+    if _fingerprint(path) != described["fingerprint"]:
+        raise RunDirectoryError(
+            "is another run than when this one was begun", str(path), "put it back, or begin anew with another -o"
+        )
     number_of = {image_id: number for number, image_id in enumerate(image_ids)}
     renumbered = {
         before: number_of[image["image_id"]]

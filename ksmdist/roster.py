@@ -37,34 +37,58 @@ def opened(
 ) -> Iterator[tuple[list[Opened], list[tuple[str, str]], engines.Choice, Engine]]:
     """Images in the order in which KSM scans them, files left out, and the engine, which is closed after use.
 
-    A cluster's nodes look at the images themselves: the driver need not see them. more: earlier passes of them, which
-    number them from 1 on.
+    A cluster's nodes look at the images themselves: the driver need not see them. more: images of an earlier run, by
+    image_id: those of them that are here again are the first pass of these.
     """
     sources = [fleet.parse(os.fspath(path)) for path in paths]
     if manifest is not None:
         sources += fleet.read_manifest(manifest)
     sources = list(map(fleet.absolute, sources))
-    if sources and more:
-        later = max(source.pass_number or 1 for source in more)
-        sources = [replace(source, pass_number=(source.pass_number or 1) + later) for source in sources]
-        sources += more
     if not sources:
         raise SettingsError("no image was given", "IMAGE", "name one or more memory images, or a manifest")
     choice = engines.choose(engine, address, 0)
     if choice.address is None:
-        opened, left_out = look(engines.start(engines.choose("inline", None, 0)), sources, settings, strict)
+        inline = engines.start(engines.choose("inline", None, 0))
+        opened, left_out = _look_twice(inline, sources, more, settings, strict)
         clock.lap("open", f"{len(opened)} images", progress)
-        choice = engines.choose(engine, address, sum(image.info.pages for image in opened) * settings.page_size)
+        nbytes = sum(one.info.pages for image in opened for one in (image, *image.earlier)) * settings.page_size
+        choice = engines.choose(engine, address, nbytes)
     progress.engine(choice.name, choice.why)
     runner = engines.start(choice)
     clock.lap("start", choice.name, progress)
     try:
         if choice.address is not None:
-            opened, left_out = look(runner, sources, settings, strict)
+            opened, left_out = _look_twice(runner, sources, more, settings, strict)
             clock.lap("open", f"{len(opened)} images", progress)
         yield opened, left_out, choice, runner
     finally:
         runner.close()
+
+
+def _look_twice(
+    runner: Engine, sources: Sequence[Source], more: Sequence[Source], settings: Settings, strict: bool
+) -> tuple[list[Opened], list[tuple[str, str]]]:
+    """Open every source where it is, then those of an earlier run that are here again, which become first passes."""
+    opened, left_out = look(runner, sources, settings, strict)
+    ids = {image.image_id for image in opened}
+    again = [source for source in more if source.image_id in ids]
+    if not again:
+        return opened, left_out
+    before, out_of_reach = look(runner, again, settings, strict)
+    first = {image.image_id: image for image in before if image.reached}
+    left_out += out_of_reach
+    for image in before:
+        if not image.reached:
+            left_out.append((str(image.info.path), f"its node is not in the cluster: {image.image_id} is not compared"))
+    return [_after(first.get(image.image_id), image) for image in opened], left_out
+
+
+def _after(first: Opened | None, image: Opened) -> Opened:
+    """An image with one more pass before all others."""
+    if first is None or not image.reached:
+        return image
+    earlier = (first, *(replace(one, number=one.number + 1) for one in image.earlier))
+    return replace(image, number=image.number + 1, earlier=earlier)
 
 
 def look(

@@ -58,14 +58,14 @@ class Scanned:
     """What scans found of an image: pages by class, kind, region and colour of the zero page.
 
     classes: int64[classes]; kinds: int64[kinds]; regions: int64[regions + 1, reasons]; colors: int64[colors, 2];
-    framed: pages whose frame is known; compared: with the pass before, where there is one
+    framed: int64[2], pages whose frame is known, not volatile and volatile; compared: with the pass before, if any
     """
 
     classes: np.ndarray
     kinds: np.ndarray
     regions: np.ndarray
     colors: np.ndarray
-    framed: int = 0
+    framed: np.ndarray
     compared: Compared = field(default_factory=Compared)
 
     @classmethod
@@ -76,6 +76,7 @@ class Scanned:
             np.zeros(len(KINDS), np.int64),
             np.zeros((len(info.regions) + 1, len(REASONS)), np.int64),
             np.zeros((settings.zero_page_colors, 2), np.int64),
+            np.zeros(2, np.int64),
         )
 
     def add(self, other: Scanned | Classified) -> None:
@@ -107,7 +108,7 @@ class Mapped:
                 "kinds": scanned.kinds.tolist(),
                 "regions": np.column_stack([at, scanned.regions[at[:, 0], at[:, 1]]]).tolist(),
                 "colors": scanned.colors.tolist(),
-                "framed": int(scanned.framed),
+                "framed": scanned.framed.tolist(),
                 "compared": asdict(scanned.compared),
             }
         return {"images": images, "holes": [[image, asdict(hole)] for image, hole in self.holes], "pages": self.pages}
@@ -121,7 +122,7 @@ class Mapped:
             scanned.classes[:], scanned.kinds[:], scanned.colors[:] = found["classes"], found["kinds"], found["colors"]
             for region, reason, count in found["regions"]:
                 scanned.regions[region, reason] = count
-            scanned.framed, scanned.compared = found["framed"], Compared(**found["compared"])
+            scanned.framed[:], scanned.compared = found["framed"], Compared(**found["compared"])
             images[int(name)] = scanned
         return cls(images, [(image, Hole(**hole)) for image, hole in fields["holes"]], fields["pages"])
 
@@ -172,19 +173,21 @@ def images_table(images: Sequence[Opened], holes: pa.Table, found: Sequence[Scan
     columns |= {name: by_class[:, code] for code, name in enumerate(CLASSES)}
     columns |= {f"kind_{name}": by_kind[:, code] for code, name in enumerate(KINDS)}
     columns |= {"shared_within": shares[:, 2], "shared_with_others": shares[:, 3]}
-    columns |= {"frames_known": [scanned.framed for scanned in found]}
+    columns |= {"frames_known": [scanned.framed[0] for scanned in found]}
     return pa.Table.from_pydict(columns, schema=IMAGES.schema)
 
 
-def as_if_still(images: pa.Table, shares: np.ndarray, changing: np.ndarray) -> pa.Table:
+def as_if_still(images: pa.Table, found: Sequence[Scanned], shares: np.ndarray, changing: np.ndarray) -> pa.Table:
     """Table `images`, had no page changed between passes. shares, changing: totals.Totals.shares without and with them.
 
     Of the pages that changed, those that are not among the duplicate and unique ones more are zero pages.
     """
-    column = {name: images.column(name).to_numpy() for name in ("volatile", "zero", "duplicate", "unique")}
+    names = ("volatile", "zero", "duplicate", "unique", "frames_known")
+    column = {name: images.column(name).to_numpy() for name in names}
     more = changing - shares
     column["zero"] = column["zero"] + column["volatile"] - more[:, 0] - more[:, 1]
     column["duplicate"], column["unique"] = column["duplicate"] + more[:, 0], column["unique"] + more[:, 1]
+    column["frames_known"] = column["frames_known"] + np.array([scanned.framed[1] for scanned in found], np.int64)
     column["volatile"] = np.zeros(len(images), np.int64)
     columns = [
         pa.array(column[field.name]) if field.name in column else images.column(field.name) for field in IMAGES.schema

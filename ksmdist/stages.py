@@ -49,6 +49,7 @@ __all__ = [
     "checksum",
     "combine",
     "inspect",
+    "is_checksummed",
     "is_scanned",
     "merge",
     "open_sources",
@@ -214,6 +215,11 @@ def _compared(
 def pass_file(directory: Path, level: int, number: int) -> Path:
     """Where a task of earlier passes leaves its checksums. level: how many passes of these images were before."""
     return directory / "work" / f"pass-{level}-{number:05d}.parquet"
+
+
+def is_checksummed(directory: Path, level: int, scan: Scan) -> bool:
+    """Whether the task of an earlier pass is done."""
+    return checksums.read_summary(pass_file(directory, level, scan.task.number)) is not None
 
 
 def checksum(directory: Path, level: int, scan: Scan) -> dict[int, Compared]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from ksmdist.classes import combine, digest_words, huge_page_bytes
+from ksmdist.classes import combine, digest_words, huge_page_bytes, last_address
 from ksmdist.columns import arrow, joined, present, strings, values
 from ksmdist.groups import count_rows, group_any, group_min, group_starts, group_sum
 from ksmdist.huge import count_frames
@@ -139,17 +139,18 @@ def merge(
     top: most rows of RangeTree.top.
     """
     content = combine(tables, page_size)
-    digest, image, node, may, huge, thp, volatile, pages, address, region = (
+    digest, image, node, may, huge, thp, volatile, pages, address, last, region = (
         joined([content], name) for name in content.column_names[:-2]
     )
+    ends = last_address(address, last, page_size)
     frame, fill = (content.column(name).combine_chunks() for name in ("frame", "fill_word"))
     framed, number, filled, word = present(frame), values(frame), present(fill), values(fill)
     if not with_volatile:
         may = may & ~volatile
     if not may.all():
-        digest, image, node, huge, thp, pages, address, region, framed, number, filled, word = (
+        digest, image, node, huge, thp, pages, address, ends, region, framed, number, filled, word = (
             column[may]
-            for column in (digest, image, node, huge, thp, pages, address, region, framed, number, filled, word)
+            for column in (digest, image, node, huge, thp, pages, address, ends, region, framed, number, filled, word)
         )
     if len(pages) == 0:
         return _nothing()
@@ -174,7 +175,7 @@ def merge(
     shared = shared_frames(content_of, host[image], number, framed)
     forked = group_any(shared >= 0, starts)
     ordered = forked | (kind == _ZERO)
-    rows = _Rows(content_of, image, node, pages, address, region, huge)
+    rows = _Rows(content_of, image, node, pages, ends, region, huge)
     spectrum, image_spectrum = _spectra(rows, shared, kind, ordered)
     nodes = _nodes(content_of, node, len(starts))
     chosen = np.flatnonzero(ordered[content_of])
@@ -182,7 +183,7 @@ def merge(
     patterns = find_patterns(
         content_of[chosen],
         kind,
-        *(column[chosen] for column in (image, region, node, zeros_of, shared, pages, address)),
+        *(column[chosen] for column in (image, region, node, zeros_of, shared, pages, ends)),
     )
 
     frames = _frames(copies, starts, shared)
@@ -275,13 +276,16 @@ def _most(copies: np.ndarray, top: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Eligible rows of `shard_content`, sorted by content, image, node, huge, address; content: its number."""
+    """Eligible rows of `shard_content`, sorted by content, image, node, huge, end; content: its number.
+
+    end: address of the row's last page
+    """
 
     content: np.ndarray
     image: np.ndarray
     node: np.ndarray
     pages: np.ndarray
-    address: np.ndarray
+    end: np.ndarray
     region: np.ndarray
     huge: np.ndarray
 
@@ -396,7 +400,7 @@ def _image_rows(node: int, rows: _Rows, at: np.ndarray, mixed: bool) -> np.ndarr
     if len(at) == 0:
         return np.zeros((0, 7), np.int64)
     if mixed:
-        at = at[np.lexsort((rows.address[at], rows.image[at], rows.content[at]))]
+        at = at[np.lexsort((rows.end[at], rows.image[at], rows.content[at]))]
     new = np.ones(len(at) + 1, bool)
     new[1:-1] = np.diff(rows.content[at]) != 0
     lone = new[1:] & new[:-1] & (rows.pages[at] == 1)  # a content's one page

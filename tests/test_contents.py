@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ksmdist
-from ksmdist import Settings, contents, plan
+from ksmdist import Settings, contents, plan, stages
+from ksmdist.errors import EngineError
 from ksmdist.huge import HugeFrames, count_frames
 from ksmdist.pairs import Pairs, find_sets
 from ksmdist.store import read_table
@@ -52,13 +53,16 @@ def _page_table(attributes: int) -> bytes:
         (b"\x7fELF\2\1\1" + bytes(9) + struct.pack("<HH", 3, 62) + bytes(range(236)) * 17 + bytes(64), "elf", "x86-64"),
         (_page_table(0x67), "page_table", ""),
         (_page_table(0x8000000000000025), "page_table", ""),
+        (_page_table(0x00E8000000000F43), "page_table", ""),
+        (_page_table(0x0068000000000703), "page_table", ""),
+        (_page_table(1 << 47 | 0x67), "low_entropy", ""),
         (random.Random(1).randbytes(PAGE), "high_entropy", "8.0 bits"),
         (gzip.compress(random.Random(2).randbytes(2 * PAGE))[20 : 20 + PAGE], "high_entropy", ""),
         (b"\0" * 4000 + b"\1\2\3" * 32, "low_entropy", "96 bytes not zero"),
         (_text(), "text", ""),
         (_text()[:2000] + bytes(PAGE - 2000), "text", ""),
     ],
-    ids=range(13),
+    ids=range(16),
 )
 def test_what_a_content_is(content: bytes, what: str, meaning: str) -> None:
     assert len(content) == PAGE
@@ -113,8 +117,6 @@ def test_the_region_of_a_content_is_that_of_its_first_page(tmp_path: Path) -> No
 
 
 def test_a_page_that_is_there_no_more_is_not_known(make_raw: MakeImage, tmp_path: Path) -> None:
-    from ksmdist import stages
-
     path = make_raw("a.raw", [page(1), page(1), ZERO, ZERO])
     real = stages.merge
 
@@ -127,6 +129,7 @@ def test_a_page_that_is_there_no_more_is_not_known(make_raw: MakeImage, tmp_path
         done = ksmdist.run([path], tmp_path / "out", engine="inline")
     assert [row["what"] for row in read_table(done.path, CONTENTS).to_pylist()] == [None, None]
     assert done.summary["pages"]["duplicate"] == 2
+    assert any("2 of 2 could not be read again" in caveat for caveat in done.caveats)
 
 
 SETS = st.lists(st.sets(st.integers(0, 6), min_size=1), max_size=30)
@@ -248,3 +251,14 @@ def test_groups_of_images_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
                 assert read_table(out.path, SHARING).equals(read_table(tmp_path / "plain", SHARING))
             elif not table.startswith("stable_tree/"):
                 assert content == plain[table], (name, table)
+
+
+def test_contents_of_a_node_that_has_left_are_not_known(make_raw: MakeImage, tmp_path: Path) -> None:
+    def gone(task: stages.Inspect) -> dict[int, contents.Seen]:
+        raise EngineError("has left the cluster", "node host7", "start it again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "inspect", gone)
+        done = ksmdist.run([make_raw("a.raw", [page(1), page(1)])], tmp_path / "out", engine="inline")
+    assert [row["what"] for row in read_table(done.path, CONTENTS).to_pylist()] == [None]
+    assert any("1 of 1 could not be read again" in caveat for caveat in done.caveats)

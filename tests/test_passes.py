@@ -200,9 +200,8 @@ def test_a_page_that_changed_and_kept_its_checksum_is_not_volatile(tmp_path: Pat
 
 def test_what_cannot_be_compared_is_said(make_raw: MakeImage, tmp_path: Path) -> None:
     before = ksmdist.run([make_raw("a.raw", [page(1)])], tmp_path / "before", Settings(checksums=True), "inline")
-    done = ksmdist.run([make_raw("b.raw", [page(1)])], tmp_path / "b", engine="inline", previous=before.path)
-    assert done.images.column("volatile").to_pylist() == [0]
-    assert len(read_table(done.path, PASSES)) == 0
+    with pytest.raises(SettingsError, match="has none of these images"):
+        ksmdist.run([make_raw("b.raw", [page(1)])], tmp_path / "b", engine="inline", previous=before.path)
     again = ksmdist.run(
         [tmp_path / "a.raw", tmp_path / "b.raw"], tmp_path / "both", engine="inline", previous=before.path
     )
@@ -211,6 +210,53 @@ def test_what_cannot_be_compared_is_said(make_raw: MakeImage, tmp_path: Path) ->
         ksmdist.run([tmp_path / "b.raw"], tmp_path / "c", Settings(page_size=8192), "inline", previous=before.path)
     with pytest.raises(RunDirectoryError, match="is no run directory"):
         ksmdist.run([tmp_path / "b.raw"], tmp_path / "c", engine="inline", previous=tmp_path)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_previous_run_of_more_and_of_other_images(kept: bool, tmp_path: Path) -> None:
+    one = {name: write(tmp_path / "1", [page(1), page(n)], name) for n, name in enumerate("abc", 5)}
+    two = {name: write(tmp_path / "2", [page(1), page(9)], name) for name in "bcd"}
+    before = ksmdist.run(list(one.values()), tmp_path / "before", Settings(checksums=kept), "inline")
+    one["a"].unlink()
+    done = ksmdist.run(list(two.values()), tmp_path / "done", engine="inline", previous=before.path)
+    assert done.images.column("image_id").to_pylist() == ["b", "c", "d"]
+    assert done.images.column("total").to_pylist() == [3, 3, 3]
+    assert done.images.column("volatile").to_pylist() == [1, 1, 0]
+    assert done.caveats == ("d: it has one pass: none of its pages is known to change",)
+    assert json.loads((done.path / "run.json").read_text())["previous"] == str(before.path)
+
+
+def test_frames_of_pages_that_changed_are_known_too(tmp_path: Path) -> None:
+    held = {1: [page(1), page(2), page(3)], 2: [page(1), page(1), page(1)]}
+    paths = []
+    for number, pages in held.items():
+        (tmp_path / str(number)).mkdir()
+        rows = [(at * PAGE, content, eligible("exclusive")) for at, content in enumerate(pages)]
+        paths.append(arrow_image(tmp_path / str(number) / "a.arrow", rows))
+    first = ksmdist.run(paths[:1], tmp_path / "first", Settings(checksums=True), "inline")
+    done = ksmdist.run(paths[1:], tmp_path / "done", engine="inline", previous=first.path)
+    alone = ksmdist.run(paths[1:], tmp_path / "alone", engine="inline")
+    assert counters(done)["included"]["frames_saved"] == counters(alone)["excluded"]["frames_saved"] == 2
+    assert counters(done)["excluded"]["frames_saved"] == 0
+
+
+def test_another_previous_run_in_its_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ksmdist import pipeline
+
+    path = write(tmp_path / "1", [page(1), page(2)])
+    before = ksmdist.run([path], tmp_path / "before", Settings(checksums=True), "inline")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "merge", faults_at_once)
+        with pytest.raises(EngineError):
+            ksmdist.run([path], tmp_path / "out", engine="inline", previous=before.path)
+    before.path.rename(tmp_path / "away")
+    ksmdist.run([path], tmp_path / "before", Settings(checksums=True, contents=7), "inline")
+    with pytest.raises(RunDirectoryError, match="is another run than when this one was begun"):
+        pipeline.resume(tmp_path / "out", "inline")
+
+
+def faults_at_once(*_: Any) -> Any:
+    raise EngineError("broke", "merge", "go on")
 
 
 def test_damaged_checksums_are_an_error(tmp_path: Path) -> None:
@@ -254,14 +300,16 @@ def test_a_run_of_passes_that_failed_goes_on(stage: str, tmp_path: Path, monkeyp
         return real(*args)
 
     monkeypatch.setattr(stages, stage, failing)
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineError) as error:
         run(manifest, tmp_path / "out", shard_pages=9)
     monkeypatch.setattr(stages, stage, real)
-    if not (tmp_path / "out.partial").exists():  # no scan was finished: it begins anew
-        done = run(manifest, tmp_path / "out", shard_pages=9)
-    else:
-        done = pipeline.resume(tmp_path / "out", "inline")
+    assert f"{_finished(tmp_path)} of " in str(error.value)
+    done = pipeline.resume(tmp_path / "out", "inline")
     assert table_files(done.path) == table_files(whole.path)
+
+
+def _finished(folder: Path) -> int:
+    return len([*folder.glob("out.partial/work/pass-*.parquet"), *folder.glob("out.partial/work/0-*.json")])
 
 
 @pytest.mark.kernel

@@ -62,7 +62,7 @@ def run_command(
         typer.Option("--previous", metavar="RUN", help="An earlier run: pages that changed since are not merged."),
     ] = None,
     checksums: Annotated[
-        bool, typer.Option("--checksums", help="Keep each page's checksum, 4 bytes a page, for a later --previous.")
+        bool, typer.Option("--checksums", help="Keep each page's checksum, 5 bytes a page, for a later --previous.")
     ] = False,
     contents: Annotated[int, typer.Option("--contents", metavar="N", help="Most rows of table contents.")] = 500,
     as_json: options.Json = False,

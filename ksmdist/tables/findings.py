@@ -195,15 +195,16 @@ HUGE = Table(
     version=1,
     doc=(
         "Aligned frames of the size of a huge page (2 MiB where pages are 4 KiB), by how many of their pages are zero "
-        "or have a copy elsewhere: KSM splits a huge page as soon as one page of it merges. A row for each image and "
-        "bucket of powers of two."
+        "or have a copy somewhere, which may merge: KSM splits a huge page as soon as one page of it does. A zero page "
+        "that is the only one, or copies on several NUMA nodes with merge_across_nodes off, count here and do not "
+        "merge. A row for each image and bucket of powers of two."
     ),
     file="huge.parquet",
     sort=("image", "mergeable"),
     columns=(
         IMAGE_COLUMN,
         _IMAGE_ID,
-        pages("mergeable", "fewest mergeable pages of a frame in this bucket: 0, 1, 2, 4 ... 512"),
+        pages("mergeable", "fewest pages of a frame in this bucket that may merge: 0, 1, 2, 4 ... all of it"),
         Column("frames", pa.int64(), "frames with so many, of those with an eligible page", unit="huge pages"),
         Column("huge_frames", pa.int64(), "of them, frames that the image marks as huge pages", unit="huge pages"),
         Column("zero_frames", pa.int64(), "of them, frames that are full of zero pages", unit="huge pages"),

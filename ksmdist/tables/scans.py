@@ -226,6 +226,7 @@ SHARD_CONTENT = Table(
         Column("volatile", pa.bool_(), "whether these pages changed since the pass before"),
         pages("pages", "pages with this content, in one aligned frame of the size of a huge page"),
         Column("first_address", pa.uint64(), "lowest address of them", unit="bytes"),
+        Column("last_page", pa.uint16(), "the last of them by address, as pages into that aligned frame", unit="pages"),
         replace(_REGION, doc="region of the last of them by address, as a place in the image's list; -1 for none"),
         Column(
             "frame",
