@@ -103,10 +103,11 @@ class Estimate:
 
     scan_bytes, merge_bytes: memory of a worker process at its peak; driver_bytes: of the driver.
     work_bytes: disk for the results of scans, until the run is done.
-    read_bytes: read from object stores; network_bytes: all that may cross the network, scan results too.
+    earlier_pages: of passes before the last. read_bytes: read from object stores; network_bytes: all that may cross the network, scan results too.
     """
 
     pages: int
+    earlier_pages: int
     images: int
     shards: int
     tasks: int
@@ -168,6 +169,7 @@ class Plan:
         work = total * ROW_BYTES + earlier_pages * CHECKSUM_BYTES
         return Estimate(
             pages=total,
+            earlier_pages=earlier_pages,
             images=len(pages),
             shards=self.shards,
             tasks=len(self.tasks),

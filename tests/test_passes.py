@@ -347,3 +347,15 @@ def test_the_kernel_finds_the_same_pages_volatile(ksm: Ksm, start: Start, tmp_pa
     for name in ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "ksm_zero_pages"):
         assert predicted[name] == shown[name], name
     assert done.images.column("volatile").to_pylist() == [9]
+
+
+def test_a_plan_knows_of_earlier_passes(tmp_path: Path) -> None:
+    from ksmdist import pipeline
+
+    manifest = fleet(tmp_path, series(tmp_path))
+    planned = pipeline.estimate([], manifest=str(manifest))
+    done = run(manifest, tmp_path / "out")
+    rows = read_table(done.path, PASSES).to_pylist()
+    last = sum(row["pages"] for row in rows if row["pass"] == 3)
+    assert planned.estimate.pages == last
+    assert planned.estimate.earlier_pages == sum(row["pages"] for row in rows) - last

@@ -25,6 +25,7 @@ def render_plan(estimate: Estimate, settings: Settings, engine: str, out: TextIO
     combined = f", {estimate.combine_tasks:,} tasks to combine their results" if estimate.combine_tasks else ""
     for name, value in (
         ("pages", f"{estimate.pages:,} in {estimate.images:,} images, {format_bytes(estimate.pages * size)}"),
+        *([("earlier passes", f"{estimate.earlier_pages:,} pages more")] if estimate.earlier_pages else []),
         (
             "scan",
             f"{estimate.shards:,} shards of up to {settings.shard_pages:,} pages, {estimate.tasks:,} tasks{combined}",
