@@ -1,7 +1,7 @@
 -- What would breaking huge pages cost?
--- Aligned frames of the size of a huge page, by how many of their pages would merge. KSM splits a huge page for the
--- first page of it that merges: huge_frames in the rows with few mergeable pages are lost for little. zero_frames can
--- be given back whole.
+-- Aligned frames of the size of a huge page, by how many of their pages are zero or have a copy elsewhere, which may
+-- merge. KSM splits a huge page for the first page of it that merges: huge_frames in the rows with few such pages are
+-- lost for little. zero_frames can be given back whole.
 select mergeable as from_mergeable_pages,
        sum(frames) as frames,
        sum(huge_frames) as huge_frames,

@@ -184,10 +184,12 @@ class Outcome:
         """What the counts do not show, for people."""
         said = [f"{image.image_id}: {caveat}" for image in self.opened for caveat in image.info.caveats]
         said += [f"left out: {name}: {why}" for name, why in self.left_out]
-        top = 0 if self.totals.top is None else len(self.totals.top.copies)
-        if len(self.seen) < top:
+        top = self.totals.top
+        filled = [] if top is None else top.filled.tolist()
+        unknown = sum(not known and row not in self.seen for row, known in enumerate(filled))
+        if unknown:
             said.append(
-                f"contents: the first pages of {top - len(self.seen):,} of {top:,} could not be read again: what these "
+                f"contents: the first pages of {unknown:,} of {len(filled):,} could not be read again: what these "
                 "contents are is not known"
             )
         several = self.history.images

@@ -359,6 +359,7 @@ def _flow(
                 lambda task: f"inspect {len(task.rows)} contents",
                 lambda task: task.node,
                 lambda result: {"contents": len(result)},
+                threads=False,
             ),
             [task for task in outcome.looks(totals.top, opened) if not task.node or task.node in nodes],
             lambda _, result: seen.update(result),

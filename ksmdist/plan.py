@@ -37,8 +37,8 @@ MERGE_BYTES = 400
 SCAN_BYTES = 400
 """Peak bytes a page costs the task that scans it, besides the batch of pages (benchmarks/scale.py)."""
 
-ROW_BYTES = 67
-"""Bytes a row of `shard_content` takes on disk, uncompressed (benchmarks/scale.py)."""
+ROW_BYTES = 71
+"""Bytes a row of `shard_content` takes on disk, with what merges make of it for relate (benchmarks/scale.py)."""
 
 CHECKSUM_BYTES = 5
 """Bytes that a page's checksum takes on disk."""
@@ -103,7 +103,8 @@ class Estimate:
 
     scan_bytes, merge_bytes: memory of a worker process at its peak; driver_bytes: of the driver.
     work_bytes: disk for the results of scans, until the run is done.
-    earlier_pages: of passes before the last. read_bytes: read from object stores; network_bytes: all that may cross the network, scan results too.
+    earlier_pages: of passes before the last.
+    read_bytes: read from object stores; network_bytes: all that may cross the network, scan results too.
     """
 
     pages: int

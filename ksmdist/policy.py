@@ -25,10 +25,14 @@ def policy_table(sharing: Sharing, settings: Settings) -> pa.Table:
     is two contents. So `all` is what the run itself counts.
     """
     rows = []
+    counted: dict[tuple[str, int], Counters] = {}
     for level, policy in enumerate(POLICIES):
         scope = policy if policy in SCOPES else "all"
         kinds = {"never": (), "zero": (_ZERO,), "same_filled": (_ZERO, _SAME_FILLED)}.get(policy, range(len(KINDS)))
-        done = [_counted(sharing, settings, scope, kind) if kind in kinds else None for kind in range(len(KINDS))]
+        for kind in kinds:
+            if (scope, kind) not in counted:
+                counted[scope, kind] = _counted(sharing, settings, scope, kind)
+        done = [counted[scope, kind] if kind in kinds else None for kind in range(len(KINDS))]
         saved = [0 if one is None else one.saved_bytes // settings.page_size for one in done]
         rows.append(
             {

@@ -7,13 +7,14 @@ could as well write them (COPY, also inside EXPLAIN ANALYZE and WITH): SQL from 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksmdist import streams
+from ksmdist import store, streams
 from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.schema import Table
 from ksmdist.tables import TABLES
@@ -41,8 +42,8 @@ def tables_of(run: Path) -> list[Table]:
 def ask(run: Path, sql: str) -> Iterator[Answer]:
     """Run SQL, the answer of its last statement; rows can be read inside the block.
 
-    Raises SettingsError where DuckDB is not installed, or refuses the SQL, or fails at it; RunDirectoryError where
-    a table cannot be read.
+    Raises SettingsError where DuckDB is not installed, or refuses the SQL, or fails at it, or there is none;
+    RunDirectoryError where a table that it asks for cannot be read, or is not what its definition says.
     """
     try:
         import duckdb
@@ -54,16 +55,40 @@ def ask(run: Path, sql: str) -> Iterator[Answer]:
         with duckdb.connect(":memory:") as connection:
             # Nothing of a run is to be left elsewhere, not even where a query needs more than memory has.
             connection.execute("set temp_directory = ''")
-            for table in tables_of(run):
+            tables = tables_of(run)
+            for table in tables:
                 connection.register(table.name, _data_set(run, table))
             connection.execute("set enable_external_access = false")
             connection.execute("set lock_configuration = true")
+            if not connection.extract_statements(sql):
+                raise SettingsError("asks for nothing", "SQL", "ksmdist query RUN --list names tables and columns")
+            for table in tables:  # those that the SQL may mean: one that is damaged keeps no other from being asked
+                if re.search(rf"\b{table.name}\b", sql, re.IGNORECASE):
+                    _check(run, table)
             done = connection.execute(sql)
             columns = tuple(column[0] for column in done.description or ())
             yield Answer(columns, _rows(done))
     except duckdb.Error as error:
         lines = [line for line in str(error).splitlines() if line.strip(" ^")][:_LINES]
         raise SettingsError("\n".join(lines), "SQL", "ksmdist query RUN --list names tables and columns") from None
+
+
+def _check(run: Path, table: Table) -> None:
+    """Raise RunDirectoryError where a table's files are not what its definition says: DuckDB would show nulls."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        for path in streams.files(run, table):
+            store.check_schema(pq.read_schema(path), table, run, path.name)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise _unreadable(run, table, error) from None
+
+
+def _unreadable(run: Path, table: Table, error: Exception) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"has no readable table {table.name}: {str(error).splitlines()[0]}", str(run), "run the images again"
+    )
 
 
 def _data_set(run: Path, table: Table) -> Any:
@@ -76,9 +101,7 @@ def _data_set(run: Path, table: Table) -> Any:
             [str(path) for path in streams.files(run, table)], schema=table.schema.remove_metadata(), format="parquet"
         )
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise RunDirectoryError(
-            f"has no readable table {table.name}: {str(error).splitlines()[0]}", str(run), "run the images again"
-        ) from None
+        raise _unreadable(run, table, error) from None
 
 
 def _rows(result: Any) -> Iterator[tuple[Any, ...]]:

@@ -413,11 +413,9 @@ def inspect(task: Inspect) -> dict[int, Seen]:
             found = image.find(task.address[mine])
             order = np.argsort(found)
             order = order[found[order] >= 0]
-            cuts = np.flatnonzero(np.diff(found[order]) != 1) + 1
-            for run in np.split(order, cuts) if len(order) else []:
-                for batch in image.batches(int(found[run[0]]), int(found[run[-1]]) + 1):
-                    if not isinstance(batch, Hole):
-                        there += _pages(batch, task.address[mine[run]], mine[run], info)
+            for batch in image.take(found[order]):
+                if not isinstance(batch, Hole):
+                    there += _pages(batch, task.address[mine[order]], mine[order], info)
         except ImageError:  # it is gone, or another by now: what was counted of it stands
             continue
     for place, region, _ in (one for one in there if one[2] is None):  # zero pages that KSM had placed
@@ -439,8 +437,8 @@ def _pages(
     address = values(batch.column("address"))
     region, has_bytes = codes(batch.column("region")), present(batch.column("content"))
     rows = np.minimum(np.searchsorted(address, wanted), len(address) - 1)
-    for place, row in zip(
-        places[address[rows] == wanted].tolist(), rows[address[rows] == wanted].tolist(), strict=True
-    ):
+    here = np.flatnonzero(address[rows] == wanted)
+    content = batch.column("content")
+    for place, row in zip(places[here].tolist(), rows[here].tolist(), strict=True):
         name = info.regions[region[row]] if region[row] >= 0 else ""
-        yield place, name, batch.column("content")[row].as_py() if has_bytes[row] else None
+        yield place, name, content[row].as_py() if has_bytes[row] else None

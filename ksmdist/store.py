@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ksmdist.errors import RunDirectoryError
+from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.schema import Table
-from ksmdist.tables import STABLE_TREE
+from ksmdist.settings import Settings
+from ksmdist.tables import CLASSES, KINDS, STABLE_TREE
 
 __all__ = [
     "RUN_VERSION",
+    "check_schema",
     "join_tables",
+    "output_file",
     "read_manifest",
     "read_table",
+    "stream_at",
     "whole_file",
     "write_manifest",
     "write_table",
@@ -38,17 +44,57 @@ RUN_VERSION = 4
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file, 0600, that gets its name when the block has ended well; until then it has another. Raises OSError."""
+def whole_file(path: Path, like: os.stat_result | None = None) -> Iterator[BinaryIO]:
+    """A file, 0600, that gets its name when the block has ended well; until then it has another. Raises OSError.
+
+    like: the file it replaces, whose permission bits, and owner where we may, it gets.
+    """
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(fd, "wb") as sink:
+            if like is not None:
+                with suppress(PermissionError):
+                    os.fchown(fd, like.st_uid, like.st_gid)
+                os.fchmod(fd, stat.S_IMODE(like.st_mode) & 0o777)
             yield sink
         os.replace(name, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(name)
         raise
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that the user names, to write what was found to. Raises OSError.
+
+    A regular file is there when the block has ended well: a new one is 0600, one that replaces another keeps its
+    permission bits. A symbolic link stays, and what it leads to is written. Pipes, devices and this process's own
+    stdout and stderr (/dev/stdout) are opened and written as they are.
+    """
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        there = None
+    open_already = stream_at(path)
+    if open_already is not None:
+        with open(os.dup(open_already), "wb") as sink:
+            yield sink
+    elif there is None or stat.S_ISREG(there.st_mode):
+        with whole_file(Path(os.path.realpath(path)), there) as sink:
+            yield sink
+    else:  # nothing is made, should it be gone by now, and no terminal becomes ours
+        with open(os.open(path, os.O_WRONLY | os.O_NOCTTY), "wb") as sink:
+            yield sink
+
+
+def stream_at(path: Path) -> int | None:
+    """1 or 2 where a path leads to what this process's stdout or stderr writes to, else None."""
+    for fd in (1, 2):
+        with suppress(OSError):
+            if os.path.samestat(os.stat(path), os.fstat(fd)):
+                return fd
+    return None
 
 
 def write_table(table: pa.Table, definition: Table, run: Path, part: int | None = None) -> None:
@@ -114,8 +160,65 @@ def write_manifest(manifest: Mapping[str, object], run: Path) -> None:
     write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", run, "run.json")
 
 
+_SETTINGS = {
+    field.name: object if field.default is None or field.name == "max_page_sharing" else type(field.default)
+    for field in fields(Settings)
+}
+_SUMMARY = {
+    "pages": dict.fromkeys(("total", "absent", *CLASSES), int),
+    "kinds": dict.fromkeys(KINDS, int),
+    "contents": dict.fromkeys(("distinct", "shared", "max_copies"), int),
+    "merges": dict.fromkeys(("zero", "content", "thp_zero", "saved_bytes"), int),
+    "counters": {"pages_shared": int, "pages_sharing": int},
+    "bounds": {"pages_shared": [int], "pages_sharing": [int]},
+    "physical": {"frames_saved": object, "profit": object},
+    "estimate": {"full_scans": int, "pages_per_scan": int, "seconds": object},
+    "holes": {"ranges": int, "pages": int, "images": [str]},
+    "settings": _SETTINGS,
+    "zero_colors": list,
+    "still": object,
+    "engine": str,
+    "engine_why": str,
+    "run": str,
+}
+_MANIFEST = {
+    "ksmdist": str,
+    "settings": _SETTINGS,
+    "summary": _SUMMARY,
+    "engine": {"name": str, "why": str},
+    "identities": [{"name": str, "left": int, "right": int, "holds": bool}],
+    "images": [
+        {"image_id": str, "path": str, "host": str, "node": str, "tenant": str, "kind": str}
+        | {"reached": bool, "fingerprint": str}
+    ],
+    "caveats": [str],
+}
+"""What run.json has at the least: a type; keys and what each has; or a list and what each item has."""
+
+
+def _misfit(value: Any, shape: Any, name: str) -> str | None:
+    """What a JSON value lacks of a shape like _MANIFEST, in words; None where it fits."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{name} is no object"
+        parts = []
+        for key, of in shape.items():
+            at = f"{name}.{key}" if name else key
+            if key not in value:
+                return f"{at} is missing"
+            parts.append((value[key], of, at))
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{name} is no list"
+        parts = [(item, shape[0], f"{name}[{number}]") for number, item in enumerate(value)]
+    else:
+        fits = isinstance(value, shape) and (shape is not int or not isinstance(value, bool))
+        return None if fits else f"{name} is no {shape.__name__}"
+    return next((why for part in parts if (why := _misfit(*part)) is not None), None)
+
+
 def read_manifest(run: Path) -> dict[str, Any]:
-    """Read run.json; raises RunDirectoryError where there is none, or one of another version."""
+    """Read run.json; raises RunDirectoryError where there is none, one of another version, or a damaged one."""
     try:
         manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
         version = manifest["run_version"]
@@ -125,14 +228,52 @@ def read_manifest(run: Path) -> dict[str, Any]:
         raise RunDirectoryError(
             f"is of version {version}, this ksmdist reads {RUN_VERSION}", str(run), "run the images again"
         )
+    why = _misfit(manifest, _MANIFEST, "")
+    if why is None:
+        try:
+            for settings in (manifest["settings"], manifest["summary"]["settings"]):
+                Settings(**settings)
+        except (TypeError, ValueError, SettingsError) as error:
+            why = str(error)
+    if why is not None:
+        raise RunDirectoryError(
+            f"has a run.json that is not what it should be: {why}", str(run), "run the images again"
+        )
     return dict(manifest)
 
 
+def check_schema(found: pa.Schema, definition: Table, run: Path, name: str) -> None:
+    """Raise RunDirectoryError where the schema of a table's file is not what its definition says.
+
+    Compared are columns and their types, and which table of which version it is. name: of the file.
+    """
+    metadata = found.metadata or {}
+    is_table, is_version = (
+        metadata.get(key, b"").decode(errors="replace") for key in (b"ksmdist.table", b"ksmdist.version")
+    )
+    if (is_table, is_version) != (definition.name, str(definition.version)):
+        what = f"table {is_table}, version {is_version}" if is_table else "no table of ksmdist"
+        why = f"{name} is {what}, not {definition.name}, version {definition.version}"
+    elif found.names != definition.schema.names:
+        why = f"{name} has columns {', '.join(found.names)}"
+    elif found.types != definition.schema.types:
+        why = f"{name} has columns of other types"
+    else:
+        return
+    raise RunDirectoryError(f"has tables that are not what they should be: {why}", str(run), "run the images again")
+
+
 def read_table(run: Path, definition: Table) -> pa.Table:
-    """Read a table of a run back, the stable tree's files in order; raises RunDirectoryError."""
+    """Read a table of a run back, the stable tree's files in order.
+
+    Raises RunDirectoryError where it is not there, cannot be read, or is not what its definition says.
+    """
     files = sorted(run.glob(definition.file)) if definition is STABLE_TREE else [run / definition.file]
     try:
-        return pa.concat_tables([pq.read_table(file, partitioning=None) for file in files])
+        parts = [pq.read_table(file, partitioning=None) for file in files]
+        for file, part in zip(files, parts, strict=True):
+            check_schema(part.schema, definition, run, file.name)
+        return pa.concat_tables(parts)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise RunDirectoryError(
             f"has no readable table {definition.name}: {str(error).splitlines()[0]}",

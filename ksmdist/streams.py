@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ksmdist.errors import RunDirectoryError
 from ksmdist.schema import Table
-from ksmdist.store import whole_file
+from ksmdist.store import check_schema, whole_file
 
 __all__ = ["files", "new_directory", "read_batches", "table_writer"]
 
@@ -40,23 +40,17 @@ def read_batches(
     Raises RunDirectoryError where the table is not there, cannot be read, or is not what its definition says.
     """
     names = list(columns or definition.schema.names)
-    wanted = pa.schema([definition.schema.field(name) for name in names])
     found = files(run, definition)
     if not found:
         raise _unreadable(run, definition, f"{definition.file} is not there")
     for path in found:
         try:
             with pq.ParquetFile(path, memory_map=False) as file:
+                check_schema(file.schema_arrow, definition, run, path.name)
                 for batch in file.iter_batches(rows, columns=names, use_threads=False):
-                    if batch.schema.names != names:
-                        batch = batch.select(names)
-                    if batch.schema.types != wanted.types:
-                        raise _unreadable(run, definition, f"{path.name} has columns of other types")
-                    yield batch
+                    yield batch if batch.schema.names == names else batch.select(names)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise _unreadable(run, definition, str(error).splitlines()[0]) from None
-        except KeyError as error:
-            raise _unreadable(run, definition, f"{path.name} has no column {error.args[0]}") from None
 
 
 def _unreadable(run: Path, definition: Table, why: str) -> RunDirectoryError:

@@ -24,6 +24,7 @@ from ksmdist.tables import HUGE_FRAME, IMAGE_SET, KINDS, SCOPES, STABLE_TREE
 __all__ = ["ALL_NODES", "Owners", "RangeTree", "Top", "add_rows", "merge", "narrow", "split"]
 
 _ZERO, _SAME_FILLED, _OTHER = range(len(KINDS))
+_IMAGE, _TENANT, _ALL = range(len(SCOPES))
 _MANY = 255  # copies
 
 ALL_NODES = -1
@@ -368,21 +369,25 @@ def _scopes_of(
 ) -> list[np.ndarray]:
     """The rows of one node. content, copies: of all its images together."""
     of_pair, image, here = by_image
-    by_tenant = content, copies
-    if len(np.unique(tenant)) == len(tenant):
-        by_tenant = of_pair, here
-    elif tenant.any():
-        (which, _), sums = count_rows([of_pair, tenant[image]], here)
-        by_tenant = which, sums
-    tables = []
-    for scope, (of, count) in enumerate(((of_pair, here), by_tenant, (content, copies))):
+
+    def counted(scope: int, of: np.ndarray, count: np.ndarray) -> list[np.ndarray]:
         kept = ~ordered[of]
         few = count <= _MANY  # apart, the many small numbers are counted without a sort
+        tables = []
         for some in (kept & few, kept & ~few):
             (kinds, number), contents = count_rows([kind[of[some]], count[some]])
             tables.append(_table(node, [np.full(len(number), scope), kinds, number], contents))
-    assert len(SCOPES) == 3
-    return tables
+        return tables
+
+    images, whole = counted(_IMAGE, of_pair, here), counted(_ALL, content, copies)
+    if not tenant.any() or len(np.unique(tenant)) == len(tenant):  # one tenant; or one for each image
+        tenants = [table.copy() for table in (images if tenant.any() else whole)]
+        for table in tenants:
+            table[:, 1] = _TENANT
+    else:
+        (which, _), sums = count_rows([of_pair, tenant[image]], here)
+        tenants = counted(_TENANT, which, sums)
+    return [*images, *tenants, *whole]
 
 
 def _frames(copies: np.ndarray, starts: np.ndarray, shared: np.ndarray) -> np.ndarray:

@@ -196,6 +196,65 @@ def test_explain_and_unmerge(two_runs: Path) -> None:
     assert "1 pages stay on the shared zero page" in shown
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "a.raw", "-o", "again", "--quiet"],
+        ["plan", "a.raw"],
+        ["report", "run"],
+        ["report", "run", "--prometheus"],
+        ["whatif", "run"],
+        ["whatif", "run", "--use-zero-pages"],
+        ["explain", "run"],
+        ["unmerge", "run"],
+        ["diff", "run", "run"],
+        ["query", "run", "select * from range(1000000000)"],
+        ["query", "run", "select * from range(1000000000)", "--csv"],
+        ["query", "run"],
+        ["schema"],
+        ["--help"],
+    ],
+    ids=" ".join,
+)
+def test_a_reader_that_leaves_is_no_error(two_runs: Path, command: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    with open(writing, "wb") as sink:
+        done = subprocess.run(
+            [sys.executable, "-m", "ksmdist", *command],
+            stdout=sink,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=two_runs.parent,
+            env=environment,
+            timeout=120,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_missing_is_said_to_a_reader_that_leaves(tmp_path: Path) -> None:
+    (tmp_path / "core").write_bytes(elf_core([(0, page(1) + page(2), 2 * PAGE)])[:-PAGE])
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "ksmdist", "run", "core", "-o", "out", "--engine", "inline", "--quiet"]
+    with open(writing, "wb") as sink:
+        done = subprocess.run(command, stdout=sink, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stderr) == (3, "1 pages could not be read: out/holes.parquet lists them\n")
+    with open(os.devnull, "wb") as nothing:  # and if nobody reads what went wrong, it went wrong all the same
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "wb") as sink:
+            unheard = subprocess.run(command, stdout=nothing, stderr=sink, cwd=tmp_path, timeout=120)
+    assert unheard.returncode == 11
+
+
+def test_names_in_errors_are_fit_for_a_terminal(two_runs: Path) -> None:
+    done = ksmdist("explain", two_runs, "--image", "x\x1b[31m\u202e")
+    assert done.returncode == 2
+    assert done.stderr.startswith("ksmdist: x?[31m?: is no image of this run; use one of a, b")
+
+
 @linux
 @root
 def test_capture_run_and_explain_a_process(start: Start, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 import ksmdist
 from ksmdist import diff, store, streams
 from ksmdist.errors import IdentityError, RunDirectoryError, SettingsError
-from ksmdist.report.screen import printable
+from ksmdist.report import printable
 from ksmdist.tables import DIFF_CONTENTS, DIFF_IMAGES, SPECTRUM, STABLE_TREE
 
 from .conftest import PAGE, ZERO, MakeImage, invoke, page
@@ -262,6 +263,21 @@ def test_the_directory_is_whole_or_not_there(make_raw: MakeImage, tmp_path: Path
     assert sorted(tmp_path.iterdir()) == before
     with pytest.raises(RunDirectoryError, match="cannot be written: No such file"):
         invoke("diff", tmp_path / "one", tmp_path / "one", "-o", tmp_path / "no" / "d")
+
+
+def test_a_tree_of_another_schema_is_refused(make_raw: MakeImage, tmp_path: Path) -> None:
+    ksmdist.run([make_raw("a.raw", [ZERO] * 4 + [page(1)] * 2)], tmp_path / "one", ksmdist.Settings(ranges=2))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    part = sorted((tmp_path / "two" / "stable_tree").iterdir())[1]
+    for rows, why in (
+        (pq.read_table(part).replace_schema_metadata(None), "is no table of ksmdist"),
+        (pq.read_table(tmp_path / "one" / SPECTRUM.file), "is table spectrum, version"),
+        (pq.read_table(part).drop_columns("kind"), "has columns digest, "),
+    ):
+        pq.write_table(rows, part)
+        with pytest.raises(RunDirectoryError, match=f"{part.name} {why}"):
+            invoke("diff", tmp_path / "one", tmp_path / "two", "-o", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
 
 
 def test_the_check_names_the_run_that_does_not_add_up(make_raw: MakeImage, tmp_path: Path) -> None:

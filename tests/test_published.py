@@ -69,6 +69,10 @@ class _Numbered:
         page = (address // np.uint64(PAGE)).astype(np.int64)
         return np.where(page < self.info.pages, page, -1)
 
+    def take(self, pages: np.ndarray) -> Iterator[pa.RecordBatch | Hole]:
+        for page in pages.tolist():
+            yield from self.batches(page, page + 1)
+
     def close(self) -> None:
         self._file.close()
 

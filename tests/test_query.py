@@ -6,10 +6,12 @@ import csv
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import ksmdist
@@ -187,18 +189,32 @@ def test_without_duckdb_it_says_what_to_install(run: Path, monkeypatch: pytest.M
 def test_a_damaged_or_missing_run_is_said(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="is no run directory"):
         printed("query", tmp_path, "select 1")
-    copy = tmp_path / "copy"
-    for path in run.rglob("*"):
-        if path.is_file():
-            target = copy / path.relative_to(run)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    copy = shutil.copytree(run, tmp_path / "copy")
     (copy / IMAGES.file).write_bytes(b"PAR1 and then nothing")
     assert asked(copy, "select count(*) as n from contents") == [{"n": len(rows(run, CONTENTS))}]
-    with pytest.raises(KsmdistError, match="Parquet"):
+    with pytest.raises(RunDirectoryError, match=r"has no readable table images: .*Parquet"):
         printed("query", copy, "select * from images")
     with pytest.raises(SettingsError, match="cannot be read: "):
         printed("query", run, "-f", tmp_path / "none.sql")
+
+
+@pytest.mark.parametrize("definition", [IMAGES, STABLE_TREE], ids=lambda definition: str(definition.name))
+@pytest.mark.parametrize("sql", ["select * from {}", "create view v as select * from {}; select count(*) from v"])
+def test_a_table_of_another_schema_is_refused(run: Path, tmp_path: Path, definition: Any, sql: str) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    path = sorted(copy.glob(definition.file))[-1]
+    pq.write_table(pq.read_table(run / CONTENTS.file), path)
+    with pytest.raises(RunDirectoryError, match=f"{path.name} is table contents, version ., not {definition.name}"):
+        printed("query", copy, sql.format(definition.name.upper()))
+    assert asked(copy, "select count(*) as n from contents") == [{"n": len(rows(run, CONTENTS))}]
+
+
+@pytest.mark.parametrize("sql", ["", ";", " \n;; ", "-- select 1", "/* select 1 */;"])
+def test_sql_that_asks_for_nothing_is_said(run: Path, tmp_path: Path, sql: str) -> None:
+    (tmp_path / "x.sql").write_text(sql)
+    for arguments in (("--", sql), ("-f", tmp_path / "x.sql")):
+        with pytest.raises(SettingsError, match=r"^SQL: asks for nothing; ksmdist query RUN --list names tables"):
+            printed("query", run, *arguments)
 
 
 # The ten questions.

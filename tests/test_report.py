@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import stat
-from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import ksmdist
 from ksmdist import report, store
-from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.report.prometheus import expose
-from ksmdist.report.summary import top_pairs
-from ksmdist.tables import CONTENTS, COUNTERS, HUGE, IMAGES, POLICY, SHARING, SPECTRUM_BUCKETS
+from ksmdist.report.summary import _passes, top_pairs
+from ksmdist.tables import CONTENTS, COUNTERS, HUGE, IMAGES, PASSES, POLICY, SHARING, SPECTRUM_BUCKETS
 
 from .conftest import PAGE, ZERO, MakeImage, Row, arrow_image, elf_core, eligible, page, printed
 
@@ -117,7 +113,10 @@ def test_people_see_what_tables_say(run: Path) -> None:
     assert re.findall(r"[\d.]+ KiB", lines[at + 1]) == [
         f"{kib} KiB" for kib in ("132.0", "68.0", "32.0", "32.0", "108.0", "24.0")
     ]
-    assert "2.0 MiB frames: 3 of 6 have a page that merges; 0 are full of zeros" in shown
+    assert (
+        "2.0 MiB frames: 3 of 6 have a page that is zero or has a copy elsewhere; 0 are full of zeros; of 3 that are "
+        "huge pages 0 have one"
+    ) in " ".join(shown.split())
     assert "0x6b..: SLUB poison" in shown
     assert re.search(r"^a +b +\d", shown, re.M)
 
@@ -211,6 +210,49 @@ def test_top_pairs_are_those_of_the_whole_table() -> None:
         assert top_pairs(whole.to_batches(max_chunksize=cut), 6) == wanted
 
 
+@pytest.mark.parametrize("page_size", [4096, 65536])
+def test_a_huge_page_is_what_a_page_of_entries_maps(tmp_path: Path, page_size: int) -> None:
+    (tmp_path / "a.raw").write_bytes(bytes(page_size * 3) + bytes([1]) * page_size)
+    ksmdist.run([tmp_path / "a.raw"], tmp_path / "run", ksmdist.Settings(page_size=page_size))
+    found = json.loads(printed("report", tmp_path / "run", "--json"))
+    assert found["huge"]["frame_bytes"] == page_size * page_size // 8
+    size = {4096: "2.0 MiB", 65536: "512.0 MiB"}[page_size]
+    assert f"{size} frames: 1 of 1 have a page that is zero or has a copy elsewhere" in " ".join(
+        printed("report", tmp_path / "run").split()
+    )
+    printed("report", tmp_path / "run", "--html", tmp_path / "x")
+    assert f"1 of 1 aligned frames of {size} (100.0 %) have a page that is zero or has" in (tmp_path / "x").read_text()
+
+
+def test_a_lone_zero_page_is_not_said_to_merge(tmp_path: Path) -> None:
+    flags = eligible("huge")
+    image = arrow_image(tmp_path / "a.arrow", [(0, ZERO, flags), (PAGE, page(1), flags)])
+    ksmdist.run([image], tmp_path / "run")
+    shown = " ".join(printed("report", tmp_path / "run").split())
+    assert "KSM would save nothing" in shown
+    assert "1 of 1 have a page that is zero or has a copy elsewhere" in shown
+    assert "of 1 that are huge pages 1 have one" in shown
+    printed("report", tmp_path / "run", "--html", tmp_path / "x")
+    text = (tmp_path / "x").read_text()
+    section = text[text.index('<section id="huge"') :]
+    section = section[: section.index("</section>")]
+    assert "1 of 1 frames that the images mark as huge pages have such a page." in section
+    for said in (shown, section, printed("report", tmp_path / "run", "--prometheus")):
+        assert not re.search("that merges[;,.]|merging splits|would merge|would be split", said)
+
+
+def test_passes_are_counted_image_by_image() -> None:
+    rows = [
+        {"image": image, "image_id": f"i{image}", "pass": number, "pages": 8, "stable": 8}
+        for image, numbers in ((0, (1, 2)), (1, (3, 4)), (2, (2,)))
+        for number in numbers
+    ]
+    counters: list[dict[str, Any]] = [{"volatile": "excluded", "saved_bytes": 5}]
+    found = _passes(pa.Table.from_pylist(rows, schema=PASSES.schema), counters)
+    assert found is not None
+    assert (found["passes"], found["images"]) == (2, 3)
+
+
 # Prometheus
 
 
@@ -299,45 +341,3 @@ def test_labels_are_escaped(run: Path) -> None:
     (family,) = (f for f in text_string_to_metric_families(text) if f.name == "ksmdist_image_pages")
     assert list(dict.fromkeys(sample.labels["image_id"] for sample in family.samples)) == names
     assert not any(sample.labels["class"] == "unreadable" for sample in family.samples)
-
-
-# Files
-
-
-@pytest.mark.parametrize("option", ["--prometheus", "--json"])
-def test_output_goes_to_a_file_whole(run: Path, tmp_path: Path, option: str) -> None:
-    assert printed("report", run, option, "-o", tmp_path / "x") == ""
-    assert (tmp_path / "x").read_text() == printed("report", run, option)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
-
-
-def test_the_page_is_written_whole(run: Path, tmp_path: Path) -> None:
-    assert printed("report", run, "--html", tmp_path / "x.html") == f"page: {tmp_path / 'x.html'}\n"
-    assert (tmp_path / "x.html").read_text().rstrip().endswith("</html>")
-    assert stat.S_IMODE((tmp_path / "x.html").stat().st_mode) == 0o600
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.html"]
-    with pytest.raises(RunDirectoryError, match="cannot be written: No such file"):
-        printed("report", run, "--html", tmp_path / "no" / "x.html")
-
-
-def test_wrong_arguments_and_runs_are_said(run: Path, tmp_path: Path) -> None:
-    for arguments in (["--json", "--prometheus"], ["-o", "x"]):
-        with pytest.raises(SettingsError):
-            printed("report", run, *arguments)
-    with pytest.raises(RunDirectoryError, match="is no run directory"):
-        printed("report", tmp_path)
-
-
-def test_a_run_with_a_table_missing_says_which(make_raw: MakeImage, tmp_path: Path) -> None:
-    ksmdist.run([make_raw("a.raw", [ZERO] * 3)], tmp_path / "run")
-    path = tmp_path / "run" / SHARING.file
-    path.unlink()
-    with pytest.raises(RunDirectoryError, match=r"has no readable table sharing: sharing\.parquet is not there"):
-        printed("report", tmp_path / "run")
-    path.write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(RunDirectoryError, match="has no readable table sharing: "):
-        printed("report", tmp_path / "run")
-    columns: Mapping[str, list[int]] = {name: [1] for name in SHARING.schema.names}
-    pq.write_table(pa.table(columns), path)
-    with pytest.raises(RunDirectoryError, match="columns of other types"):
-        printed("report", tmp_path / "run")

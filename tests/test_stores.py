@@ -127,7 +127,16 @@ def test_a_page_is_found_by_its_address(s3: Proxy, hasty: stores.Rules, tmp_path
             if row >= 0:
                 (item,) = image.batches(row, row + 1)
                 assert (item.address if isinstance(item, Hole) else item.column("address")[0].as_py()) == address
+        found = image.find(asked)
+        taken: Got = []
+        for item in image.take(np.unique(found[found >= 0])):
+            if isinstance(item, Hole):
+                taken.append((item.address, None))
+            else:
+                taken += zip(item.column("address").to_pylist(), item.column("content").to_pylist(), strict=True)
         image.close()
+        held = dict(pages_of(str(path)))
+        assert dict(taken) == {address: held[address] for address in asked.tolist() if address in held}
 
 
 def packed(path: Path, target: Path, compression: str) -> Path:

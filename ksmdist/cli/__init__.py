@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Any, TextIO
 
 import typer
 
+from ksmdist import report
 from ksmdist.cli import live, predictions, reports, scanning
 from ksmdist.errors import KsmdistError
 from ksmdist.version import __version__
@@ -53,16 +55,50 @@ for _name, _command in (
     app.command(_name)(_command)
 
 
+class _Stream:
+    """A stream whose reader may leave (`| head`): from then on nothing is written, and nothing is wrong with that.
+
+    left: whether it has. rich and typer would end the process with 1.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.left = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._unless_left(lambda: self._stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self._unless_left(self._stream.flush)
+
+    def _unless_left(self, do: Callable[[], object]) -> None:
+        if not self.left:
+            try:
+                do()
+            except BrokenPipeError:
+                self.left = True
+
+
 def main() -> None:
     """The console script: run a command, render what it raises, end the process with its code."""
     code = 0
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: whoever closed it wants nothing
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        setattr(sys, name, _Stream(getattr(sys, name)))
     try:
         app()
     except KsmdistError as error:
-        print(f"ksmdist: {error}", file=sys.stderr)
+        # Names in it may come from images; a message of DuckDB has lines.
+        print("\n".join(map(report.printable, f"ksmdist: {error}".split("\n"))), file=sys.stderr)
         code = error.exit_code
     except OSError as error:
         if error.filename is not None:  # of a file, and not foreseen: a bug
@@ -75,8 +111,6 @@ def main() -> None:
     try:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-    except BrokenPipeError:  # nobody reads on
-        pass
     except OSError as error:
         with suppress(OSError):
             os.write(2, f"ksmdist: cannot write what was found: {os.strerror(error.errno or 0)}\n".encode())

@@ -46,7 +46,7 @@ def capture_command(
     for image in done:
         print(f"{image.path}: image {image.image_id}, {image.pages:,} pages")
         for caveat in image.caveats:
-            print(f"note: {image.image_id}: {caveat}")
+            print(report.printable(f"note: {image.image_id}: {caveat}"))
         if image.unreadable:
             print(f"{image.path}: {image.unreadable:,} pages could not be read", file=sys.stderr)
     if any(image.unreadable for image in done):

@@ -6,10 +6,11 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -33,7 +34,13 @@ def report_command(
     ] = None,
     prometheus: Annotated[bool, typer.Option("--prometheus", help="Print metrics in Prometheus' text format.")] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="With --prometheus or --json: write it there.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="With --prometheus or --json: write it there. A new file is 0600, one that is there keeps its mode.",
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -46,7 +53,8 @@ def report_command(
     if html is not None:
         _write_page(run, manifest, html)
         if not (as_json or prometheus):
-            print(f"page: {html}")
+            if store.stream_at(html) != 1:  # nothing is said within the page
+                print(f"page: {html}")
             return
     found = summarize(
         str(run),
@@ -71,25 +79,33 @@ def _write_page(run: Path, manifest: Mapping[str, Any], path: Path) -> None:
         {name: store.read_table(run, tables.TABLES[name]) for name in PAGE_TABLES},
         streams.read_batches(run, tables.SHARING),
     )
+    with _written(path, "--html") as sink:
+        text = io.TextIOWrapper(sink, encoding="utf-8", newline="\n", write_through=True)
+        render_html(page, text)
+        text.detach()
+
+
+@contextmanager
+def _written(path: Path, option: str) -> Iterator[BinaryIO]:
+    """A file that the user names with `option`; raises RunDirectoryError where it cannot be written."""
     try:
-        with store.whole_file(path) as sink:
-            text = io.TextIOWrapper(sink, encoding="utf-8", newline="\n", write_through=True)
-            render_html(page, text)
-            text.detach()
+        with store.output_file(path) as sink:
+            yield sink
     except OSError as error:
         raise RunDirectoryError(
             f"cannot be written: {os.strerror(error.errno) if error.errno else error}",
             str(path),
-            "free some space, or choose another name with --html",
+            f"free some space, or choose another name with {option}",
         ) from None
 
 
 def _put(text: str, out: Path | None) -> None:
-    """Print a text, or write it whole to a file."""
+    """Print a text, or write it to a file."""
     if out is None:
         sys.stdout.write(text)
-    else:
-        store.write_text(text, out.parent, out.name)
+        return
+    with _written(out, "-o") as sink:
+        sink.write(text.encode())
 
 
 def diff_command(
@@ -196,7 +212,8 @@ def _answer(answer: Answer, as_csv: bool, as_json: bool) -> None:
 
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(answer.columns)
-        writer.writerows(answer.rows)
+        # Rows that nobody reads any more are not asked for: there may be very many.
+        writer.writerows(takewhile(lambda _: not getattr(sys.stdout, "left", False), answer.rows))
     elif as_json:
         twice = {name for name in answer.columns if answer.columns.count(name) > 1}
         if twice:

@@ -166,7 +166,7 @@ def plan_command(
 
 
 def _name_missing(missing: Sequence[str], then: str) -> None:
-    names = ", ".join(missing[:10]) + (" ..." if len(missing) > 10 else "")
+    names = report.printable(", ".join(missing[:10]) + (" ..." if len(missing) > 10 else ""))
     print(f"{len(missing)} images are on nodes that are not in the cluster: {names}: {then}", file=sys.stderr)
 
 
@@ -216,7 +216,7 @@ def import_command(
         pages = sum(source.info.pages for source in group) - sum(
             hole.pages for _, hole in lost if hole.reason == "unreadable"
         )
-        print(f"{target}: image {name}, {pages:,} pages")
+        print(f"{target}: image {report.printable(name)}, {pages:,} pages")
     if holes:
         raise typer.Exit(EXIT_HOLES)
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from ksmdist.columns import codes, present, values
 from ksmdist.errors import ImageError, ImageReadError
 from ksmdist.images import ipc
-from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo
+from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo, runs_of
 from ksmdist.images.extents import populate, read_rows
 from ksmdist.images.files import LocalFile
 from ksmdist.images.headers import HINT, image_info
@@ -172,6 +172,11 @@ class ArrowImage(_Rows):
             self._forget(batch)
             start += count
 
+    def take(self, pages: np.ndarray) -> Iterator[pa.RecordBatch | Hole]:
+        """See Image.take."""
+        for start, end in runs_of(pages):
+            yield from self.batches(start, end)
+
     def _batch(self, index: int) -> pa.RecordBatch:
         if os.fstat(self._fd).st_size < self.info.nbytes:  # touching what is gone would be SIGBUS
             raise ImageReadError("became shorter while it was scanned", self._path, "scan a copy of it")
@@ -282,6 +287,18 @@ class StoredArrowImage(_Rows):
         for batch in self._file.in_order(tasks, 1 if packed else None):
             before = self._check(batch, start, before)
             start += len(batch)
+            yield from self._captured(batch)
+        self._file.checked()
+
+    def take(self, pages: np.ndarray) -> Iterator[pa.RecordBatch | Hole]:
+        """See Image.take: several requests in flight."""
+        if len(pages) == 0:
+            return
+        parts = [part for span in runs_of(pages) for part in self._parts(*span)]
+        packed = any(self._batches[part.index].codec for part in parts)
+        tasks = (functools.partial(self._read, part, 0, part.end - part.start) for part in parts)
+        for part, batch in zip(parts, self._file.in_order(tasks, 1 if packed else None), strict=True):
+            self._check(batch, int(self._starts[part.index]) + part.start, -1)
             yield from self._captured(batch)
         self._file.checked()
 

@@ -18,7 +18,7 @@ from ksmdist.images.files import LocalFile
 from ksmdist.images.stores import StoredFile
 from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
 
-__all__ = ["BATCH_BYTES", "Format", "Hole", "Image", "ImageInfo", "Pages", "page_batch"]
+__all__ = ["BATCH_BYTES", "Format", "Hole", "Image", "ImageInfo", "Pages", "page_batch", "runs_of"]
 
 BATCH_BYTES = 64 << 20
 """Most page bytes in one record batch: mapped, hashed and let go together."""
@@ -92,6 +92,9 @@ class Image(Pages, Protocol):
     def find(self, address: np.ndarray) -> np.ndarray:
         """Numbers of the pages at these addresses, uint64[n] -> int64[n]; -1 where there is none."""
 
+    def take(self, pages: np.ndarray) -> Iterator[pa.RecordBatch | Hole]:
+        """The pages with these numbers, int64[n], ascending, as batches() gives them: a few, from anywhere."""
+
     def close(self) -> None:
         """Let the file go."""
 
@@ -103,6 +106,14 @@ class Format:
     name: str
     matches: Callable[[bytes], bool]
     open: Callable[[LocalFile | StoredFile, int], Image]
+
+
+def runs_of(pages: np.ndarray) -> list[tuple[int, int]]:
+    """Ascending page numbers, int64[n] -> [start, end) of each run of neighbours."""
+    if len(pages) == 0:
+        return []
+    cuts = np.flatnonzero(np.diff(pages) != 1) + 1
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(pages, cuts)]
 
 
 def page_batch(pages: np.ndarray, content: pa.Array, page_size: int) -> pa.RecordBatch:

@@ -12,7 +12,7 @@ from threading import Event
 import numpy as np
 import pyarrow as pa
 
-from ksmdist.images.base import BATCH_BYTES, Hole, Image, ImageInfo, page_batch
+from ksmdist.images.base import BATCH_BYTES, Hole, Image, ImageInfo, page_batch, runs_of
 from ksmdist.images.files import LocalFile
 from ksmdist.images.stores import StoredFile
 
@@ -145,6 +145,13 @@ class ExtentImage:
         if short:
             yield from self._gathered(short)
 
+    def take(self, pages: np.ndarray) -> Iterator[pa.RecordBatch | Hole]:
+        """See Image.take: copied together, since a batch for each page would cost more than to read it."""
+        most = max(1, BATCH_BYTES // self.info.page_size)
+        for at in range(0, len(pages), most):
+            some = runs_of(pages[at : at + most])
+            yield from self._gathered([run for span in some for run in _runs(self._extents, self._ends, *span)])
+
     def _mapped(self, index: int, first: int, count: int) -> Iterator[pa.RecordBatch | Hole]:
         size = self.info.page_size
         page = int(self._extents.page[index]) + first
@@ -222,6 +229,13 @@ class StoredExtentImage:
         """Pages [start, end) by address, a block to a batch; raises ImageError if the object changed meanwhile."""
         if start < end:
             yield from self._file.in_order(functools.partial(self._block, runs) for runs in self._blocks(start, end))
+            self._file.checked()
+
+    def take(self, pages: np.ndarray) -> Iterator[pa.RecordBatch | Hole]:
+        """See Image.take: several requests in flight."""
+        if len(pages):
+            blocks = (block for span in runs_of(pages) for block in self._blocks(*span))
+            yield from self._file.in_order(functools.partial(self._block, block) for block in blocks)
             self._file.checked()
 
     def _blocks(self, start: int, end: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -8,7 +8,7 @@ from ksmdist.report.plan import render_plan
 from ksmdist.report.predictions import render_explain, render_prediction, render_unmerge, render_whatif
 from ksmdist.report.rows import render_rows
 from ksmdist.report.screen import render_summary
-from ksmdist.report.terminal import format_bytes, headline, render
+from ksmdist.report.terminal import format_bytes, headline, printable, render
 
 __all__ = [
     "Bar",
@@ -16,6 +16,7 @@ __all__ = [
     "diff_summary",
     "format_bytes",
     "headline",
+    "printable",
     "render",
     "render_diff",
     "render_explain",

@@ -7,8 +7,8 @@ from typing import Any, TextIO
 
 import pyarrow as pa
 
-from ksmdist.report.screen import printable, what_it_is
-from ksmdist.report.terminal import MAX_ROWS, console, format_bytes, knobs, table
+from ksmdist.report.screen import what_it_is
+from ksmdist.report.terminal import MAX_ROWS, console, format_bytes, knobs, printable, table
 
 __all__ = ["diff_summary", "render_diff"]
 

@@ -152,7 +152,7 @@ def variety(spectrum: pa.Table) -> dict[str, int]:
 
 
 def huge_buckets(huge: pa.Table) -> list[dict[str, int]]:
-    """Table huge over all images: a row a bucket, most mergeable pages last."""
+    """Table huge over all images: a row a bucket, most pages that are zero or have a copy last."""
     names = ("frames", "huge_frames", "zero_frames", "pages", "mergeable_pages", "zero_pages")
     summed = huge.group_by("mergeable").aggregate([(name, "sum") for name in names]).sort_by("mergeable")
     return [

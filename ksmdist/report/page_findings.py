@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ksmdist.classes import huge_page_bytes
 from ksmdist.report.markup import behind, chart, counted, escape, grid, listed, paragraph, section, table
 from ksmdist.report.page_data import CELLS, PageInput, huge_buckets, split, variety
 from ksmdist.report.terminal import format_bytes, headline, percent, zero_line
@@ -178,8 +179,8 @@ def spectrum(page: PageInput) -> str:
         "How many copies contents have",
         paragraph(
             "Eligible pages, by how many copies their content has in all images, in buckets of powers of two (zdb -S "
-            "prints reference counts so). What stands at 1 is unique and cannot be merged; far to the right are few "
-            "contents with very many copies."
+            "prints reference counts so). What stands at 1 has no copy to merge with, though a lone zero page goes to "
+            "the kernel's own with use_zero_pages; far to the right are few contents with very many copies."
         ),
         chart(
             "spectrum",
@@ -280,21 +281,22 @@ def huge(page: PageInput) -> str:
     broken_huge = sum(row["huge_frames"] for row in rows if row["mergeable"])
     pages = sum(row["mergeable_pages"] for row in rows)
     full = sum(row["zero_frames"] for row in rows)
-    size = format_bytes(page.page_size * (page.page_size // 8))
+    nbytes = huge_page_bytes(page.page_size)
+    size, most = format_bytes(nbytes), nbytes // page.page_size
     notes = [
-        f"{broken:,} of {frames:,} aligned frames of {size} ({percent(broken, frames)}) have a page that would merge, "
-        f"{pages / broken:,.1f} of them on average."
+        f"{broken:,} of {frames:,} aligned frames of {size} ({percent(broken, frames)}) have a page that is zero or "
+        f"has a copy elsewhere, {pages / broken:,.1f} of them on average."
         if broken
-        else f"None of {frames:,} aligned frames of {size} has a page that would merge.",
+        else f"None of {frames:,} aligned frames of {size} has a page that is zero or has a copy elsewhere.",
         f"{full:,} are full of zero pages.",
-        f"{broken_huge:,} of {marked:,} frames that the images mark as huge pages would be split."
+        f"{broken_huge:,} of {marked:,} frames that the images mark as huge pages have such a page."
         if marked
         else "The images mark no frame as a huge page; dumps of guests and raw images cannot. The table counts every "
         "aligned frame.",
     ]
     shown = [
         (
-            bucket(row["mergeable"], page.page_size // 8),
+            bucket(row["mergeable"], most),
             row["frames"],
             row["huge_frames"],
             row["zero_frames"],
@@ -305,11 +307,11 @@ def huge(page: PageInput) -> str:
         for row in rows
     ]
     headings = (
-        "mergeable pages",
+        "zero or with a copy",
         "frames",
         "marked huge",
         "full of zero",
-        "mergeable pages in all",
+        "zero or with a copy, in all",
         "zero pages",
         "a frame",
     )
@@ -318,11 +320,16 @@ def huge(page: PageInput) -> str:
         title,
         paragraph(
             "KSM splits a huge page as soon as one page of it merges. Frames by how many of their pages are zero or "
-            "have a copy: those at the top of the table are split for little."
+            "have a copy elsewhere: those at the top of the table are split for little, if at all. A zero page that is "
+            "the only one, and copies on other NUMA nodes with merge_across_nodes off, count here and do not merge."
         ),
         listed(notes),
-        chart("huge", "Bars: frames by the number of their pages that would merge. The table below has the numbers."),
-        table("Frames by mergeable pages", headings, shown, name="huge-table"),
+        chart(
+            "huge",
+            "Bars: frames by the number of their pages that are zero or have a copy elsewhere. The table below has the "
+            "numbers.",
+        ),
+        table("Frames by pages that are zero or have a copy elsewhere", headings, shown, name="huge-table"),
     )
 
 

@@ -15,6 +15,7 @@ from ksmdist.report.terminal import (
     format_bytes,
     knobs,
     percent,
+    printable,
     process_table,
     table,
     zero_line,
@@ -179,7 +180,7 @@ def _explain_by(rows: Sequence[Row], key: str, title: str, to: Any) -> None:
     order = sorted(by, key=lambda name: (-sum(by[name].values()), name))
     for name in order[:MAX_ROWS]:
         reasons = [f"{reason} {pages:,}" for reason, pages in by[name].most_common() if reason != "merged"]
-        shown.add_row(name, f"{by[name]['merged']:,}", ", ".join(reasons))
+        shown.add_row(printable(name), f"{by[name]['merged']:,}", ", ".join(reasons))
     to.print(shown)
     if len(order) > MAX_ROWS:
         to.out(f"... and {len(order) - MAX_ROWS:,} more; --json has them all")
@@ -189,7 +190,7 @@ def render_unmerge(rows: Sequence[Row], settings: Settings, out: TextIO) -> None
     """Print table `unmerge`: the frames that unmerging needs."""
     to = console(out)
     first = rows[0]
-    who = "everything (run=2)" if first["image_id"] is None else f"{first['image_id']} (MADV_UNMERGEABLE)"
+    who = "everything (run=2)" if first["image_id"] is None else f"{printable(first['image_id'])} (MADV_UNMERGEABLE)"
     to.out(
         f"Unmerging {who} needs {first['frames_needed']:,} frames, {format_bytes(first['bytes_needed'])}, "
         f"for {first['pages_unshared']:,} pages."
@@ -207,7 +208,8 @@ def render_unmerge(rows: Sequence[Row], settings: Settings, out: TextIO) -> None
     for name in (*names, "bytes"):
         shown.add_column(name, justify="right")
     for row in rows[:MAX_ROWS]:
-        shown.add_row(row["image_id"] or "all", *(f"{row[n]:,}" for n in names), format_bytes(row["bytes_needed"]))
+        who = printable(row["image_id"] or "all")
+        shown.add_row(who, *(f"{row[n]:,}" for n in names), format_bytes(row["bytes_needed"]))
     to.print(shown)
     if len(rows) > MAX_ROWS:
         to.out(f"... and {len(rows) - MAX_ROWS:,} images more; --json has them all")

@@ -165,7 +165,7 @@ def _run(found: Mapping[str, Any]) -> Iterable[Metric]:
     yield (
         "ksmdist_huge_frames",
         "gauge",
-        "Aligned frames of the size of a huge page; mergeable: with a page that merges.",
+        "Aligned frames of the size of a huge page; mergeable: with a page that is zero or has a copy elsewhere.",
         [
             ({"frames": "all"}, huge["frames"]),
             ({"frames": "mergeable"}, huge["mergeable_frames"]),

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any, TextIO
 
-from ksmdist.report.screen import printable
-from ksmdist.report.terminal import console, table
+from ksmdist.report.terminal import console, printable, table
 
 __all__ = ["render_rows"]
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, TextIO
 
-from ksmdist.report.terminal import format_bytes, knobs, percent
+from ksmdist.report.terminal import format_bytes, knobs, percent, printable
 
-__all__ = ["printable", "render_summary", "what_it_is"]
+__all__ = ["render_summary", "what_it_is"]
 
 _WIDTH = 80
 _BUCKETS = 6  # lines of the spectrum: the last has all that is above
@@ -25,15 +25,6 @@ _POLICIES = {
     "tenant": "within a tenant",
     "all": "everything",
 }
-
-
-def printable(text: str, width: int) -> str:
-    """A name from outside, fit for a terminal: no control characters, the middle left out where it is too long."""
-    text = "".join(char if char.isprintable() else "?" for char in text)
-    if len(text) <= width:
-        return text
-    tail = (width - 2) // 2
-    return f"{text[: width - 2 - tail]}..{text[len(text) - tail :]}"
 
 
 def render_summary(found: Mapping[str, Any], out: TextIO) -> None:
@@ -156,7 +147,7 @@ def what_it_is(row: Mapping[str, Any], width: int) -> str:
     else:
         what = "not read again" if row["what"] is None else row["what"].replace("_", " ")
     text = what + (f": {row['meaning']}" if row["meaning"] else "")
-    text = printable(text, len(text))
+    text = printable(text)
     return text if len(text) <= width else f"{text[: width - 2]}.."
 
 
@@ -175,10 +166,10 @@ def _huge(huge: Mapping[str, int]) -> list[str]:
         return []
     line = (
         f"{format_bytes(huge['frame_bytes'])} frames: {huge['mergeable_frames']:,} of {huge['frames']:,} have a page "
-        f"that merges; {huge['zero_frames']:,} are full of zeros"
+        f"that is zero or has a copy elsewhere; {huge['zero_frames']:,} are full of zeros"
     )
     if huge["huge_frames"]:
-        line += f"; merging splits {huge['mergeable_huge_frames']:,} of {huge['huge_frames']:,} huge pages"
+        line += f"; of {huge['huge_frames']:,} that are huge pages {huge['mergeable_huge_frames']:,} have one"
     return _wrapped(line)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ksmdist.classes import huge_page_bytes
 from ksmdist.columns import values
 from ksmdist.report.terminal import headline
 from ksmdist.tables import CONTENTS, COUNTERS, HUGE, PASSES, POLICY, SPECTRUM_BUCKETS
@@ -100,7 +101,7 @@ def top_pairs(sharing: Iterable[pa.RecordBatch], count: int) -> list[dict[str, A
 
 
 def _huge(huge: pa.Table, page_size: int) -> dict[str, int]:
-    """Aligned frames of the size of a huge page, over all images: those that merging would split."""
+    """Aligned frames of the size of a huge page, over all images; mergeable: with a page that is zero or has a copy."""
     total: Counter[str] = Counter()
     for row in huge.to_pylist():
         for name in ("frames", "huge_frames", "zero_frames", "pages", "mergeable_pages"):
@@ -109,7 +110,8 @@ def _huge(huge: pa.Table, page_size: int) -> dict[str, int]:
             total["mergeable_frames"] += row["frames"]
             total["mergeable_huge_frames"] += row["huge_frames"]
     names = ("frames", "mergeable_frames", "huge_frames", "mergeable_huge_frames", "zero_frames")
-    return {name: total[name] for name in (*names, "pages", "mergeable_pages")} | {"frame_bytes": page_size * 512}
+    found = {name: total[name] for name in (*names, "pages", "mergeable_pages")}
+    return found | {"frame_bytes": huge_page_bytes(page_size)}
 
 
 def _passes(passes: pa.Table, counters: list[dict[str, Any]]) -> dict[str, int] | None:
@@ -121,7 +123,7 @@ def _passes(passes: pa.Table, counters: list[dict[str, Any]]) -> dict[str, int] 
     names = ("pages", "changed", "appeared", "gone", "stable")
     saved = {row["volatile"]: row["saved_bytes"] for row in counters}
     return {name: sum(row[name] or 0 for row in last.values()) for name in names} | {
-        "passes": len({row["pass"] for row in rows}),
+        "passes": max(Counter(row["image"] for row in rows).values()),  # images number their passes each by itself
         "images": len(last),
         "saved_bytes_lost": saved.get("included", saved["excluded"]) - saved["excluded"],
     }

@@ -18,6 +18,7 @@ __all__ = [
     "format_bytes",
     "headline",
     "knobs",
+    "printable",
     "process_table",
     "render",
     "still_line",
@@ -37,6 +38,15 @@ def format_bytes(nbytes: float) -> str:
             break
         value /= 1024
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def printable(text: str, width: int | None = None) -> str:
+    """A name from outside, fit for a terminal: no control characters, the middle left out where it is too long."""
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    if width is None or len(text) <= width:
+        return text
+    tail = (width - 2) // 2
+    return f"{text[: width - 2 - tail]}..{text[len(text) - tail :]}"
 
 
 def percent(part: int, whole: int) -> str:
@@ -161,7 +171,7 @@ def process_table(processes: Sequence[Mapping[str, Any]]) -> Table:
     for name in names:
         shown.add_column(name, justify="right")
     for row in processes[:MAX_ROWS]:
-        shown.add_row(row["image_id"], *("-" if row[name] is None else f"{row[name]:,}" for name in names))
+        shown.add_row(printable(row["image_id"]), *("-" if row[name] is None else f"{row[name]:,}" for name in names))
     return shown
 
 
@@ -218,14 +228,14 @@ def render(
         for row in images.slice(0, MAX_ROWS).to_pylist():
             names = ("total", "zero", "duplicate", "unique", "shared_within", "shared_with_others")
             known = row["unreadable"] is not None
-            shown.add_row(row["image_id"], *(f"{row[name]:,}" if known else "?" for name in names))
+            shown.add_row(printable(row["image_id"]), *(f"{row[name]:,}" if known else "?" for name in names))
         to.print(shown)
     if "process" in images.column("kind").to_pylist():
         to.print(process_table(processes))
     if len(images) > MAX_ROWS:
         to.out(f"... and {len(images) - MAX_ROWS:,} images more, in images.parquet and ksm_stat.parquet")
     for caveat in caveats[:MAX_ROWS]:
-        to.out(f"note: {caveat}")
+        to.out(printable(f"note: {caveat}"))
     holes = summary["holes"]
     if holes["pages"]:
         to.out(
@@ -236,7 +246,7 @@ def render(
         missing = ", ".join(holes["images"][:MAX_ROWS])
         to.out(
             f"INCOMPLETE: {len(holes['images']):,} images are on nodes that are not in the cluster, and are not "
-            f"counted: {missing}"
+            f"counted: {printable(missing)}"
         )
-    to.out(f"engine: {summary['engine']} ({summary['engine_why']})")
-    to.out(f"run directory: {summary['run']}")
+    to.out(printable(f"engine: {summary['engine']} ({summary['engine_why']})"))
+    to.out(printable(f"run directory: {summary['run']}"))

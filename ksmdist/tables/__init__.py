@@ -2,7 +2,7 @@
 
 `schemas/*.json` and `ksmdist schema` are rendered from here; nothing else defines a column.
 A version number rises when a column goes, changes its name, type or meaning; adding a nullable
-column does not raise it.
+column does not raise it (but store.RUN_VERSION rises: a run is read with the columns that it must have).
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ CONTENTS = Table(
             pa.string(),
             "what it looks like: "
             + " | ".join(WHATS)
-            + " (a guess for all but zero and fill_word); null: its page could not be read again",
+            + " (a guess for all but zero and fill_word); null: another, whose page could not be read again",
             nullable=True,
         ),
         Column("meaning", pa.string(), "what is known of it, in words; null: nothing more", nullable=True),

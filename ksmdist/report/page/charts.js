@@ -179,10 +179,10 @@ function hugeChart(data, width) {
   const rows = data.huge.map((row) => ({
     name: formatNumber(row.mergeable),
     value: row.frames,
-    tip: `${bucketName(row.mergeable, most)} mergeable pages: ${formatNumber(row.frames)} frames, ${formatNumber(row.huge_frames)} of them huge pages`,
+    tip: `${bucketName(row.mergeable, most)} pages zero or with a copy elsewhere: ${formatNumber(row.frames)} frames, ${formatNumber(row.huge_frames)} of them huge pages`,
   }));
   const scale = { ...scaleOf(frames, "frames"), most: Math.max(1, ...frames) };
-  return { ...columns(rows, rows.map((row) => row.name), width, "var(--zero)", scale, "mergeable pages in a frame, at least"), height: 150 };
+  return { ...columns(rows, rows.map((row) => row.name), width, "var(--zero)", scale, "pages of a frame that are zero or have a copy elsewhere, at least"), height: 150 };
 }
 
 function column(grid, name) {
