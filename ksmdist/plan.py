@@ -256,7 +256,7 @@ def ancestors(levels: Sequence[Sequence[Combination]], number: int) -> tuple[tup
 
 
 _GROUP_PAIRS = 1 << 21  # of images, counted in one task: 48 MiB of sums
-_GROUP_PAGES = 1 << 24
+_GROUP_PAGES = 1 << 26  # each group reads all sets of images again: few groups
 
 
 def groups(pages: Sequence[int]) -> list[int]:
