@@ -31,7 +31,7 @@ __all__ = [
     "share",
 ]
 
-MERGE_BYTES = 400
+MERGE_BYTES = 480
 """Peak bytes a row of `shard_content` costs the task that merges it (benchmarks/scale.py)."""
 
 SCAN_BYTES = 400
