@@ -309,7 +309,8 @@ def test_a_run_of_passes_that_failed_goes_on(stage: str, tmp_path: Path, monkeyp
 
 
 def _finished(folder: Path) -> int:
-    return len([*folder.glob("out.partial/work/pass-*.parquet"), *folder.glob("out.partial/work/0-*.json")])
+    work = folder / "out.partial" / "work"
+    return len([*work.glob("pass-*.parquet"), *work.glob("0-*.json")])
 
 
 @pytest.mark.kernel
