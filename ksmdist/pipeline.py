@@ -311,11 +311,11 @@ def _flow(
     sets = np.zeros((len(pieces), 2), np.int64)
     frames = np.zeros((len(pieces), len(groups)), np.int64)
 
-    def on_merged(number: int, settled: stages.Settled) -> None:
-        totals.add(settled.merged)
+    def on_merged(number: int, reduced: stages.Reduced) -> None:
+        totals.add(reduced.merged)
         if changing is not None:
-            changing.add(settled.changing or settled.merged)
-        sets[number], frames[number] = settled.sets.offsets, settled.frames.offsets
+            changing.add(reduced.changing or reduced.merged)
+        sets[number], frames[number] = reduced.sets.offsets, reduced.frames.offsets
         progress.merged(len(pieces))
 
     runner.run(
@@ -324,7 +324,7 @@ def _flow(
             functools.partial(stages.merge, directory, results, settings, owners, groups),
             functools.partial(_describe_merge, len(pieces)),
             engines.any_node,
-            lambda settled: {"rows": settled.rows},
+            lambda reduced: {"rows": reduced.rows},
             settings.task_memory,
         ),
         merges,
@@ -333,40 +333,13 @@ def _flow(
     clock.lap("merge", f"{len(pieces)} ranges, {written.total:,} rows", progress)
 
     # What images share with each other, and what the contents merged most are.
-    related: dict[int, tuple[pa.Table, int]] = {}
-    runner.run(
-        Stage(
-            "relate",
-            functools.partial(stages.relate, directory, settings, ids),
-            lambda task: f"relate images [{task.first}, {task.last})",
-            engines.any_node,
-            lambda result: {"rows": result[1]},
-            settings.task_memory,
-        ),
-        [
-            stages.Related(number, first, last, sets, frames[:, number : number + 2], totals.shares[:, [4, 2]])
-            for number, (first, last) in enumerate(itertools.pairwise(groups))
-        ],
-        related.__setitem__,
-    )
-    seen: dict[int, Seen] = {}
-    nodes = runner.machines().nodes
-    try:
-        runner.run(
-            Stage(
-                "inspect",
-                stages.inspect,
-                lambda task: f"inspect {len(task.rows)} contents",
-                lambda task: task.node,
-                lambda result: {"contents": len(result)},
-                threads=False,
-            ),
-            [task for task in outcome.looks(totals.top, opened) if not task.node or task.node in nodes],
-            lambda _, result: seen.update(result),
-        )
-    except EngineError as error:  # a node has left: all is counted, and a caveat says what is not known
-        progress.stage(f"inspect: {error}")
-    clock.lap("relate", f"{len(related)} tasks, {len(seen):,} contents looked at", progress)
+    relations = [
+        stages.Related(number, first, last, sets, frames[:, number : number + 2], totals.shares[:, [4, 2]])
+        for number, (first, last) in enumerate(itertools.pairwise(groups))
+    ]
+    huge = _relate(relations, directory, ids, settings, runner)
+    seen = _inspect(outcome.looks(totals.top, opened), runner, progress)
+    clock.lap("relate", f"{len(relations)} tasks, {len(seen):,} contents looked at", progress)
 
     # Count.
     done = outcome.Outcome(
@@ -379,7 +352,7 @@ def _flow(
         pages=total,
         totals=totals,
         changing=changing,
-        huge=[related[number][0] for number in range(len(related))],
+        huge=huge,
         seen=seen,
         history=history,
         previous=None if previous is None else previous["run"],
@@ -387,7 +360,7 @@ def _flow(
     tables = done.tables()
     for name, table in tables.items():
         store.write_table(table, TABLES[name], directory)
-    parts = [checkpoint.related_file(directory, SHARING.name, number) for number in range(len(related))]
+    parts = [checkpoint.related_file(directory, SHARING.name, number) for number in range(len(relations))]
     store.join_tables(parts, SHARING, directory)
     clock.lap("count", f"{len(done.sharing.spectrum):,} rows of the spectrum", progress)
 
@@ -405,6 +378,49 @@ def _flow(
     manifest = done.manifest() | {"ksmdist": __version__, "engine": engine, "timings": timings, "summary": summary}
     store.write_manifest(manifest, directory)
     return Run(out, summary, settings, done.sharing, tables[REGIONS.name], tables[KSM_STAT.name], done.caveats)
+
+
+def _relate(
+    tasks: Sequence[stages.Related], directory: Path, image_ids: Sequence[str], settings: Settings, runner: Engine
+) -> list[pa.Table]:
+    """Leave the parts of table `sharing` in files; the parts of table `huge`."""
+    assert settings.task_memory is not None
+    found: dict[int, tuple[pa.Table, int]] = {}
+    runner.run(
+        Stage(
+            "relate",
+            functools.partial(stages.relate, directory, settings, image_ids),
+            lambda task: f"relate images [{task.first}, {task.last})",
+            engines.any_node,
+            lambda result: {"rows": result[1]},
+            settings.task_memory,
+        ),
+        tasks,
+        found.__setitem__,
+    )
+    return [found[number][0] for number in range(len(tasks))]
+
+
+def _inspect(looks: Sequence[stages.Inspect], runner: Engine, progress: Progress) -> dict[int, Seen]:
+    """What the contents merged most are, by row; without those whose image is gone, or its node."""
+    seen: dict[int, Seen] = {}
+    nodes = runner.machines().nodes
+    try:
+        runner.run(
+            Stage(
+                "inspect",
+                stages.inspect,
+                lambda task: f"inspect {len(task.rows)} contents",
+                lambda task: task.node,
+                lambda result: {"contents": len(result)},
+                threads=False,
+            ),
+            [task for task in looks if not task.node or task.node in nodes],
+            lambda _, result: seen.update(result),
+        )
+    except EngineError as error:  # a node has left: all is counted, and a caveat says what is not known
+        progress.stage(f"inspect: {error}")
+    return seen
 
 
 class _Written:

@@ -42,10 +42,10 @@ __all__ = [
     "Found",
     "Inspect",
     "Merge",
+    "Reduced",
     "Related",
     "Result",
     "Scan",
-    "Settled",
     "checksum",
     "combine",
     "inspect",
@@ -298,7 +298,7 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class Reduced:
     """What a merge tells the driver.
 
     changing: the same with pages that changed between passes counted as if they had not; None where there are none.
@@ -320,7 +320,7 @@ def merge(
     owners: Owners,
     groups: Sequence[int],
     task: Merge,
-) -> Settled:
+) -> Reduced:
     """Merge one piece of the digests and write its part of the stable tree, and what relate() takes: the reduce.
 
     groups: first image of each group of images, and the number of images.
@@ -344,10 +344,10 @@ def merge(
     )
     told = Merged.of(merged)
     if not any(bool(values(chunk).any()) for table in tables for chunk in table.column("volatile").chunks):
-        return Settled(told, None, rows, sets, frames)
+        return Reduced(told, None, rows, sets, frames)
     del merged
     changing = tree.merge(tables, owners, settings.page_size, 0, with_volatile=True)
-    return Settled(told, Merged.of(changing), rows, sets, frames)
+    return Reduced(told, Merged.of(changing), rows, sets, frames)
 
 
 @dataclass(frozen=True, slots=True)
