@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SCRATCH ?= /tmp/ksmdist-bench
+FUZZ_SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench schemas lock clean
+.PHONY: help setup demo fuzz test lint bench schemas lock clean
 
 help:           ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -23,6 +24,10 @@ setup: .venv/.done  ## .venv with the program and the test tools
 demo: setup     ## three images made on the spot, scanned, counted; ksmdist-demo/report.html
 	$(BIN)/ksmdist demo ksmdist-demo
 	$(BIN)/ksmdist report ksmdist-demo/run --html ksmdist-demo/report.html
+
+fuzz: setup     ## each reader of images fuzzed for ten minutes, two at a time (80 minutes); finds go to build/fuzz
+	$(BIN)/python -m pip install -q --disable-pip-version-check atheris==3.0.0
+	$(BIN)/python fuzz/readers.py list | xargs -P 2 -I TARGET nice $(BIN)/python fuzz/readers.py TARGET --seconds $(FUZZ_SECONDS)
 
 test: setup     ## the tests
 	$(BIN)/python -m pytest -q
@@ -43,6 +48,7 @@ bench: setup    ## whole processes beside their peers, rates, scale (20 minutes,
 	$(BIN)/python benchmarks/contents.py
 	$(BIN)/python benchmarks/whatif.py $(SCRATCH)
 	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/readers.py $(SCRATCH)
 
 schemas: setup  ## render schemas/*.json and docs/tables/*.md from ksmdist/tables
 	$(BIN)/python schemas/render.py

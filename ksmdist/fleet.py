@@ -1,7 +1,7 @@
 """What is to be scanned and where it is: paths and URIs, patterns and folders, manifests of fleets.
 
 A manifest is YAML (a list of entries, or `images:` with one) or Parquet, a row an entry, with the keys image,
-uri, host, tenant, kind and pass; only uri must be there. With a `host`, a path is of a file that the node of
+uri, host, tenant, kind, pass and base; only uri must be there. With a `host`, a path is of a file that the node of
 that name alone has.
 
 Raises SettingsError: a manifest or a name that cannot be; ImageReadError: what is not there or cannot be listed.
@@ -19,21 +19,28 @@ import pyarrow as pa
 from ksmdist import images
 from ksmdist.errors import ImageReadError, SettingsError
 from ksmdist.images import folders
+from ksmdist.images.criu import is_checkpoint_part
 from ksmdist.images.files import open_file
 from ksmdist.images.headers import KINDS_OF_IMAGES
 from ksmdist.images.uris import Uri, is_uri, local_path, parse_uri
 
 __all__ = ["KEYS", "RAW_ENDINGS", "Expanded", "Source", "absolute", "expand", "parse", "read_manifest"]
 
-KEYS = ("image", "uri", "host", "tenant", "kind", "pass")
+KEYS = ("image", "uri", "host", "tenant", "kind", "pass", "base")
 """Keys of a manifest's entry, columns of a manifest in Parquet."""
 
-RAW_ENDINGS = (".raw", ".mem", ".img", ".vmem", ".bin", ".dump", ".ram", ".core")
-"""What a file without a magic must end in to be taken for memory where it was not named."""
+RAW_ENDINGS = (".raw", ".mem", ".img", ".vmem", ".bin", ".dump", ".ram", ".core", "memory-ranges", "mem_file")
+"""What a file without a magic must end in to be taken for memory where it was not named.
+
+memory-ranges is Cloud Hypervisor's, mem_file what Firecracker's documents call theirs.
+"""
+
+_IMAGE_ENDINGS = (*RAW_ENDINGS, ".elf", ".arrow", ".kdump", ".lime", ".avml", ".save", ".vmss", ".vmsn", "vmcore")
+"""What the name of a compressed file must end in, without the ending of its compression: or begin with core."""
 
 _MOST_BYTES = 256 << 20  # of a manifest: a million entries are about 100 MiB
 _MOST_ENTRIES = 1_000_000
-_MOST_TEXT = {"uri": 4096, "image": 1024, "host": 255, "tenant": 255}
+_MOST_TEXT = {"uri": 4096, "base": 4096, "image": 1024, "host": 255, "tenant": 255}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,7 @@ class Source:
     uri:          a path or URI, as the node that reads it opens it
     node:         the node that alone has it; "": every node sees it
     image_id, host, tenant, kind, pass_number: as the manifest says; "" and None: as the image says
+    base:         files that it is laid over, the lowest first, as the node that reads it opens them
     """
 
     uri: str
@@ -52,6 +60,7 @@ class Source:
     tenant: str = ""
     kind: str = ""
     pass_number: int | None = None
+    base: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return str(Uri("node", self.node, self.uri[1:])) if self.node else self.uri
@@ -79,10 +88,13 @@ def parse(text: str) -> Source:
 
 def absolute(source: Source) -> Source:
     """The source with its path from the root: a worker's directory is another, as is that of who takes a run up."""
-    if source.node or is_uri(source.uri):
+    if source.node:
         return source
+    base = tuple(lower if is_uri(lower) else os.path.abspath(lower) for lower in source.base)
+    if is_uri(source.uri):
+        return replace(source, base=base)
     path = os.path.abspath(source.uri)
-    return replace(source, uri=os.path.join(path, "") if source.uri.endswith("/") else path)
+    return replace(source, uri=os.path.join(path, "") if source.uri.endswith("/") else path, base=base)
 
 
 def read_manifest(path: str) -> list[Source]:
@@ -124,7 +136,7 @@ def _source(fields: Mapping[str, object], manifest: str, where: str) -> Source:
         if key not in KEYS:
             raise SettingsError(f"has the unknown key {key!r}", where, f"use {', '.join(KEYS)}")
     text: dict[str, str] = {}
-    for key in ("image", "uri", "host", "tenant", "kind"):
+    for key in ("image", "uri", "host", "tenant", "kind", "base"):
         value = fields.get(key)
         if value is None:
             text[key] = ""
@@ -147,7 +159,7 @@ def _source(fields: Mapping[str, object], manifest: str, where: str) -> Source:
         source = parse(text["uri"])
     except SettingsError as error:
         raise SettingsError(f"uri {error.where}: {error.what}", where, error.hint) from None
-    host = text["host"]
+    host, base = text["host"], text["base"]
     if source.node:
         if host not in ("", source.node):
             raise SettingsError(f"host {host!r} is not the node of uri {text['uri']}", where, "leave host out")
@@ -157,6 +169,10 @@ def _source(fields: Mapping[str, object], manifest: str, where: str) -> Source:
         source = replace(source, node=host)
     elif not is_uri(source.uri):
         source = replace(source, uri=_beside(manifest, source.uri))
+    if base and not is_uri(base):
+        if source.node and not os.path.isabs(base):
+            raise SettingsError(f"base {base} is relative, on host {source.node!r}", where, "give the whole path")
+        base = base if source.node else _beside(manifest, base)
     return replace(
         source,
         image_id=text["image"],
@@ -164,6 +180,7 @@ def _source(fields: Mapping[str, object], manifest: str, where: str) -> Source:
         tenant=text["tenant"],
         kind=text["kind"],
         pass_number=number,
+        base=(base,) if base else (),
     )
 
 
@@ -344,6 +361,16 @@ def expand(source: Source) -> Expanded:
     return Expanded(tuple(named_files), tuple(sorted(left_out)))
 
 
+def _is_pagemap(name: str) -> bool:
+    return name.startswith("pagemap-") and name.endswith(".img")
+
+
+def _is_packed_image(name: str) -> bool:
+    """Whether a compressed file's name says that it is an image, as systemd's cores do."""
+    inner = name.rpartition(".")[0]
+    return inner.endswith(_IMAGE_ENDINGS) or inner.startswith(("core.", "vmcore"))
+
+
 def _in_folder(source: Source, there: folders.Folders) -> tuple[list[folders.Entry], bool, list[tuple[str, str]]]:
     found: list[folders.Entry] = []
     left_out: list[tuple[str, str]] = []
@@ -371,8 +398,17 @@ def _known(
     special = [entry for entry in entries if entry.nbytes < 0]
     left_out += [(there.uri(entry.path), "is not a regular file") for entry in special]
     files = [entry for entry in entries if entry.nbytes >= 0]
+    # A checkpoint of CRIU is a folder: the pages of its pagemaps are in other files of it, which are no images.
+    checkpoints = {entry.path.rpartition("/")[0] for entry in files if _is_pagemap(entry.name)}
+    files = [
+        entry
+        for entry in files
+        if entry.path.rpartition("/")[0] not in checkpoints
+        or not (entry.name.endswith(".img") or is_checkpoint_part(entry.name))
+        or _is_pagemap(entry.name)
+    ]
     for entry, head in zip(files, there.heads(files), strict=True):
-        why = images.why_no_image(head, entry.name.endswith(RAW_ENDINGS))
+        why = images.why_no_image(head, entry.name.endswith(RAW_ENDINGS), _is_packed_image(entry.name))
         if why:
             left_out.append((there.uri(entry.path), why))
         else:

@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from ksmdist.errors import SettingsError
+from ksmdist.images import FORMATS
 from ksmdist.settings import KERNELS, Settings
 
 __all__ = [
     "Address",
+    "Base",
     "Engine",
     "FanIn",
     "Format",
@@ -41,8 +43,16 @@ Sources = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="IMAGE...",
-        help="Memory images (Arrow, raw or ELF core): paths, globs, directories, URIs (s3://, gs://, abfss://, "
-        "hdfs://), or node://NAME/path for what one node of the cluster has.",
+        help="Memory images, in any format of docs/images.md, compressed too: paths, globs, directories, URIs "
+        "(s3://, gs://, abfss://, hdfs://), or node://NAME/path for what one node of the cluster has.",
+    ),
+]
+Base = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--base",
+        metavar="FILE",
+        help="Raw images are Diff snapshots over this file: a hole is unchanged memory. Again: laid over the last.",
     ),
 ]
 Manifest = Annotated[
@@ -65,7 +75,10 @@ FanIn = Annotated[
 ]
 PageSize = Annotated[int, typer.Option("--page-size", help="Bytes in a page.")]
 Format = Annotated[
-    str | None, typer.Option("--format", help="Force the format: arrow, elf or raw. [default: by magic]")
+    str | None,
+    typer.Option(
+        "--format", help=f"Force the format: {', '.join(known.name for known in FORMATS)}. [default: by magic]"
+    ),
 ]
 Engine = Annotated[str, typer.Option("--engine", help="auto, inline or ray.")]
 Address = Annotated[str | None, typer.Option("--address", help="A running Ray cluster. [default: RAY_ADDRESS, if set]")]

@@ -46,6 +46,7 @@ from ksmdist.whatif import grid
 __all__ = ["Outcome", "looks"]
 
 _CONTENTS_A_TASK = 256
+_NAMED = 3  # images that have a caveat
 
 
 def looks(top: Top | None, opened: Sequence[Opened]) -> list[Inspect]:
@@ -173,6 +174,12 @@ class Outcome:
                 "pages": int(sharing.of_images("unreadable").sum()),
                 "images": [image.image_id for image in self.opened if not image.reached],
             },
+            "filtered": [
+                {"image_id": image.image_id, "filter_level": image.info.filter_level}
+                | {"excluded": image.info.pages_excluded}
+                for image in self.opened
+                if image.info.filter_level
+            ],
             "settings": self.settings.as_dict(),
             "zero_colors": self._tables[ZERO_COLORS.name].to_pylist(),
             "policy": self._tables[POLICY.name].to_pylist(),
@@ -182,7 +189,14 @@ class Outcome:
     @property
     def caveats(self) -> tuple[str, ...]:
         """What the counts do not show, for people."""
-        said = [f"{image.image_id}: {caveat}" for image in self.opened for caveat in image.info.caveats]
+        of_images: dict[str, list[str]] = {}
+        for image in self.opened:
+            for caveat in image.info.caveats:
+                of_images.setdefault(caveat, []).append(image.image_id)
+        said = []
+        for caveat, ids in of_images.items():
+            more = f" and {len(ids) - _NAMED:,} more" if len(ids) > _NAMED else ""
+            said.append(f"{', '.join(ids[:_NAMED])}{more}: {caveat}")
         said += [f"left out: {name}: {why}" for name, why in self.left_out]
         top = self.totals.top
         filled = [] if top is None else top.filled.tolist()

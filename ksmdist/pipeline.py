@@ -23,6 +23,7 @@ from ksmdist.checkpoint import Checkpoint
 from ksmdist.contents import Seen
 from ksmdist.engines import Engine, Stage
 from ksmdist.errors import EngineError, KsmdistError, RunDirectoryError, SettingsError
+from ksmdist.fleet import Source
 from ksmdist.images.uris import is_uri
 from ksmdist.passes import Compared
 from ksmdist.plan import Estimate, Plan
@@ -51,11 +52,13 @@ def run(
     manifest: str | None = None,
     strict: bool = False,
     previous: str | os.PathLike[str] | None = None,
+    base: Sequence[str | os.PathLike[str]] = (),
 ) -> Run:
     """Scan memory images, merge what they share, count it as KSM would, and write the run directory.
 
     paths: of images, or URIs, globs and directories (fleet.py); manifest: a file that names more.
     Images of a node that is not in the cluster are holes; with strict, an EngineError.
+    base: files that the images of `paths` are laid over, the lowest first: a hole in them is unchanged memory.
     previous: an earlier run of these images, by image id: pages that changed since are volatile. So are those that
     changed since the pass before, where the manifest has several passes of an image.
     The tables written depend on the images and the settings alone: not on the engine, the number
@@ -69,7 +72,7 @@ def run(
     checkpoint.check_free(_absolute(out))
     before = None if previous is None else Path(os.path.abspath(previous))
     more = [] if before is None else earlier_run.sources(before, settings.page_size)
-    with roster.opened(paths, manifest, settings, engine, address, progress, clock, strict, more) as looked:
+    with roster.opened(paths, manifest, settings, engine, address, progress, clock, strict, more, base) as looked:
         opened, left_out, choice, runner = looked
         described_run = None if before is None else earlier_run.describe(before, opened)
         if described_run is not None or any(image.earlier for image in opened):
@@ -138,13 +141,17 @@ def estimate(
     address: str | None = None,
     manifest: str | None = None,
     cpus: int | None = None,
+    base: Sequence[str | os.PathLike[str]] = (),
 ) -> Planned:
     """What run() would do, and what it would take. No page is read.
 
-    cpus: of a cluster that is to be; None for what there is.
+    cpus: of a cluster that is to be; None for what there is. base: as run() has it.
     """
     settings = settings or Settings()
-    with roster.opened(paths, manifest, settings, engine, address, NoProgress(), Clock(), False) as looked:
+    nothing: list[Source] = []
+    with roster.opened(
+        paths, manifest, settings, engine, address, NoProgress(), Clock(), False, nothing, base
+    ) as looked:
         opened, _, choice, runner = looked
         machines = runner.machines()
         pages = [image.info.pages for image in opened]

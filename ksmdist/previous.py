@@ -112,6 +112,7 @@ def sources(path: Path, page_size: int) -> list[Source]:
             host=image["host"],
             tenant=image["tenant"],
             kind=image["kind"],
+            base=tuple(image["base"]),
         )
         for image in manifest["images"]
         if image["reached"]

@@ -13,7 +13,7 @@ from ksmdist import engines, fleet, images, stages
 from ksmdist.engines import Engine, Stage
 from ksmdist.errors import EngineError, SettingsError
 from ksmdist.fleet import Source
-from ksmdist.images import ImageInfo
+from ksmdist.images import Hole, ImageInfo
 from ksmdist.scanned import Opened
 from ksmdist.settings import Settings
 from ksmdist.timings import Clock, Progress
@@ -34,13 +34,15 @@ def opened(
     clock: Clock,
     strict: bool,
     more: Sequence[Source] = (),
+    base: Sequence[str | os.PathLike[str]] = (),
 ) -> Iterator[tuple[list[Opened], list[tuple[str, str]], engines.Choice, Engine]]:
     """Images in the order in which KSM scans them, files left out, and the engine, which is closed after use.
 
     A cluster's nodes look at the images themselves: the driver need not see them. more: images of an earlier run, by
-    image_id: those of them that are here again are the first pass of these.
+    image_id: those of them that are here again are the first pass of these. base: files that those of `paths` are
+    laid over.
     """
-    sources = [fleet.parse(os.fspath(path)) for path in paths]
+    sources = [replace(fleet.parse(os.fspath(path)), base=tuple(os.fspath(lower) for lower in base)) for path in paths]
     if manifest is not None:
         sources += fleet.read_manifest(manifest)
     sources = list(map(fleet.absolute, sources))
@@ -123,10 +125,10 @@ def look(
     )
     runner.run(stage, tasks, found.__setitem__)
     left_out = [pair for number in range(len(tasks)) for pair in found[number].left_out]
+    every = [image for number in range(len(tasks)) for image in found[number].images]
     opened = [
         Opened("", source.node, _said(source, info), holes, number=source.pass_number or 1)
-        for number in range(len(tasks))
-        for source, info, holes in found[number].images
+        for source, info, holes in _once(every)
     ]
     opened += [
         Opened("", source.node, _unknown(source, settings), reached=False, number=source.pass_number or 1)
@@ -136,6 +138,26 @@ def look(
         raise SettingsError("no image is left", sources[0].uri, "name the image files themselves")
     images_of_run = _last_passes(_named(opened), left_out)
     return sorted(images_of_run, key=lambda image: (image.info.scan_order, image.image_id)), left_out
+
+
+def _once(
+    found: Sequence[tuple[Source, ImageInfo, tuple[Hole, ...]]],
+) -> list[tuple[Source, ImageInfo, tuple[Hole, ...]]]:
+    """The images, without those that another of their files, named as well, has given already.
+
+    Each piece of a split dump opens the whole of it, as a .vmss opens its .vmem.
+    """
+    named = {(source.node, source.pass_number, os.path.realpath(source.uri)) for source, _, _ in found}
+    kept = []
+    seen = set()
+    for source, info, holes in found:
+        if info.parts and os.path.realpath(info.path) != os.path.realpath(source.uri):
+            image = (source.node, source.pass_number, os.path.realpath(info.path))
+            if image in named or image in seen:
+                continue
+            seen.add(image)
+        kept.append((source, info, holes))
+    return kept
 
 
 def _named(opened: Sequence[Opened]) -> list[Opened]:

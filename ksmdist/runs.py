@@ -57,6 +57,11 @@ class Run:
         return tuple(self.summary["holes"]["images"])
 
     @property
+    def filtered(self) -> list[Mapping[str, Any]]:
+        """Images whose producers left pages out: image_id, filter_level and excluded of each."""
+        return list(self.summary["filtered"])
+
+    @property
     def complete(self) -> bool:
         """Whether every page of every image was read."""
         return not self.holes and not self.out_of_reach

@@ -42,9 +42,9 @@ class Opened:
     def from_json(cls, fields: Mapping[str, Any]) -> Opened:
         """Read what as_json() gave, through JSON."""
         info = dict(fields["info"])
-        for name in ("caveats", "regions"):
+        for name in ("caveats", "regions", "base"):
             info[name] = tuple(info[name])
-        for name in ("passed_over", "ksm_stat"):
+        for name in ("passed_over", "ksm_stat", "parts"):
             info[name] = tuple(map(tuple, info[name]))
         holes = tuple(Hole(**hole) for hole in fields["holes"])
         earlier = tuple(map(cls.from_json, fields["earlier"]))
@@ -163,11 +163,14 @@ def images_table(images: Sequence[Opened], holes: pa.Table, found: Sequence[Scan
         "image_id": ids,
         "kind": [info.kind for info in infos],
         "format": [info.format for info in infos],
+        "producer": [info.producer for info in infos],
+        "filter_level": [info.filter_level for info in infos],
         "host": [info.host for info in infos],
         "tenant": [info.tenant for info in infos],
         "total": by_class.sum(axis=1),
         "bytes": by_class.sum(axis=1) * np.array([info.page_size for info in infos], np.int64),
         "absent": [info.pages_absent for info in infos],
+        "excluded": [info.pages_excluded for info in infos],
         "unreadable": [unreadable[image_id] for image_id in ids],
     }
     columns |= {name: by_class[:, code] for code, name in enumerate(CLASSES)}

@@ -27,7 +27,6 @@ from ksmdist.errors import ImageError, RunDirectoryError
 from ksmdist.fleet import Source
 from ksmdist.huge import HugeFrames
 from ksmdist.images import Hole, ImageInfo, stores
-from ksmdist.images.files import check_unchanged
 from ksmdist.images.uris import is_uri
 from ksmdist.pairs import Pairs
 from ksmdist.passes import Compared
@@ -89,7 +88,7 @@ def _look(settings: Settings, source: Source) -> Found:
         expanded = fleet.expand(source)
         found = []
         for one in expanded.sources:
-            image = images.open_image(one.uri, settings.page_size, settings.format)
+            image = images.open_image(one.uri, settings.page_size, settings.format, one.base)
             try:
                 found.append((one, image.info, image.holes))
             finally:
@@ -180,7 +179,7 @@ def read_shards(region_names: Sequence[str], settings: Settings, scan: Scan) -> 
         info = scan.images[shard.image].info
         scanned = found.setdefault(shard.image, Scanned.nothing(info, settings))
         regions = np.array([bisect.bisect_left(region_names, name) if name else -1 for name in info.regions], np.int32)
-        image = _reopened(info.path, info.page_size, info.format, info.fingerprint)
+        image = _reopened(info)
         for item in image.batches(shard.start, shard.end):
             if isinstance(item, Hole):
                 holes.append((shard.image, item))
@@ -194,7 +193,7 @@ def read_shards(region_names: Sequence[str], settings: Settings, scan: Scan) -> 
             classified = classes.classify(page, shard.image, settings, regions, volatile)
             scanned.add(classified)
             content.append(classified.content)
-        check_unchanged(info.path, info.fingerprint)
+        images.check_unchanged(info)
     return Mapped(found, holes, scan.task.pages), classes.combine(content, settings.page_size), sums
 
 
@@ -237,7 +236,7 @@ def checksum(directory: Path, level: int, scan: Scan) -> dict[int, Compared]:
         for shard in scan.task.shards:
             info = scan.images[shard.image].info
             of_image = found.setdefault(shard.image, Compared())
-            image = _reopened(info.path, info.page_size, info.format, info.fingerprint)
+            image = _reopened(info)
             for item in image.batches(shard.start, shard.end):
                 if isinstance(item, Hole):
                     of_image.lost += item.pages
@@ -245,18 +244,15 @@ def checksum(directory: Path, level: int, scan: Scan) -> dict[int, Compared]:
                 _, of_batch, compared = _compared(item, shard.image, info.page_size, scan.earlier)
                 of_image.add(compared)
                 sums.append(of_batch)
-            check_unchanged(info.path, info.fingerprint)
+            images.check_unchanged(info)
     checksums.write(path, sums, found)
     return found
 
 
 @functools.lru_cache(maxsize=4)
-def _reopened(path: str, page_size: int, format: str, fingerprint: str) -> images.Image:
+def _reopened(info: ImageInfo) -> images.Image:
     """The image, opened once in each worker; raises ImageError if it is not the file that was planned."""
-    image = images.open_image(path, page_size, format)
-    if image.info.fingerprint != fingerprint:
-        raise ImageError("changed while it was scanned", path, "scan a copy, or stop what writes to it")
-    return image
+    return images.reopen(info)
 
 
 def combine(directory: Path, settings: Settings, combination: Combination) -> Result:
@@ -409,7 +405,7 @@ def inspect(task: Inspect) -> dict[int, Seen]:
         mine = np.flatnonzero(task.image == number)
         info = task.infos[number]
         try:
-            image = _reopened(info.path, info.page_size, info.format, info.fingerprint)
+            image = _reopened(info)
             found = image.find(task.address[mine])
             order = np.argsort(found)
             order = order[found[order] >= 0]

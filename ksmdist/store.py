@@ -39,7 +39,7 @@ __all__ = [
     "write_text",
 ]
 
-RUN_VERSION = 4
+RUN_VERSION = 5
 """Version of run.json and of the directory's layout."""
 
 
@@ -177,6 +177,7 @@ _SUMMARY = {
     "settings": _SETTINGS,
     "zero_colors": list,
     "still": object,
+    "filtered": [{"image_id": str, "filter_level": str, "excluded": int}],
     "engine": str,
     "engine_why": str,
     "run": str,
@@ -189,7 +190,7 @@ _MANIFEST = {
     "identities": [{"name": str, "left": int, "right": int, "holds": bool}],
     "images": [
         {"image_id": str, "path": str, "host": str, "node": str, "tenant": str, "kind": str}
-        | {"reached": bool, "fingerprint": str}
+        | {"reached": bool, "fingerprint": str, "base": [str]}
     ],
     "caveats": [str],
 }

@@ -227,6 +227,7 @@ def made_up(images: int, partners: int = 40, names: Sequence[str] = (), several_
         "engine_why": "made up",
         "estimate": {"full_scans": 2, "pages_per_scan": total, "seconds": total / 5000},
         "holes": {"images": [], "pages": 0, "ranges": 0},
+        "filtered": [],
         "kinds": kinds,
         "merges": {
             "zero": kinds["zero"],

@@ -44,7 +44,7 @@ def shares(rows: list[tuple[int, str, int, int]]) -> Sharing:
         name: sum(row[2] * row[3] for row in rows if (row[1] == "zero") == (name == "zero") and row[0] == ALL_NODES)
         for name in ("zero", "unique")
     }
-    texts = dict.fromkeys(("image_id", "kind", "format", "host", "tenant"), "")
+    texts = dict.fromkeys(("image_id", "kind", "format", "producer", "filter_level", "host", "tenant"), "")
     row = {name: pages.get(name, texts.get(name, 0)) for name in IMAGES.schema.names}
     images = pa.Table.from_pylist([row], schema=IMAGES.schema)
     return Sharing(images, (), _matrix(spectrum, 5), _matrix(by_image, 7), _matrix((), 5), tuple(zero))

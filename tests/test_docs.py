@@ -18,7 +18,9 @@ DOCUMENTS = [
 COMMANDS = (
     "run",
     "plan",
+    "info",
     "import",
+    "export",
     "demo",
     "schema",
     "whatif",

@@ -188,7 +188,7 @@ FILES = {
     "a.raw": page(2),
     "guest": elf_core([(0, page(1), PAGE)]),
     "program": b"\x7fELF\x02\x01" + bytes(10) + b"\x02\x00" + bytes(60),
-    "old.dump": b"KDUMP   " + bytes(100),
+    "old.dump": b"QFI\xfb" + bytes(100),
     "notes.txt": b"some notes",
     "empty.raw": b"",
     ".hidden.raw": page(3),
@@ -201,7 +201,7 @@ FILES = {
 
 LEFT_OUT = {
     "program": "is an ELF file, and no core",
-    "old.dump": "is a kdump file",
+    "old.dump": "is a qcow2 disk image",
     "notes.txt": "has no magic of an image, nor an ending of raw memory",
     "empty.raw": "is empty",
 }

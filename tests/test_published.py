@@ -13,8 +13,7 @@ import pytest
 import ksmdist
 from ksmdist import counters, identities, images
 from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo, page_batch
-from ksmdist.images.files import LocalFile
-from ksmdist.images.stores import StoredFile
+from ksmdist.images.files import ImageFile
 from ksmdist.policy import policy_table
 from ksmdist.report.terminal import headline
 from ksmdist.settings import Settings
@@ -46,7 +45,7 @@ WORDS = np.arange(1, PAGE // 8 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7
 class _Numbered:
     """A memory image of which the file has a number a page: 0 is a zero page, others differ in their first word."""
 
-    def __init__(self, file: LocalFile | StoredFile, page_size: int) -> None:
+    def __init__(self, file: ImageFile, page_size: int) -> None:
         self._file = file
         self._number = np.frombuffer(file.read(0, file.nbytes), np.uint64)[1:]
         pages = len(self._number)
@@ -73,11 +72,14 @@ class _Numbered:
         for page in pages.tolist():
             yield from self.batches(page, page + 1)
 
+    def ranges(self) -> np.ndarray:
+        return np.array([[0, self.info.pages * PAGE]], np.uint64)
+
     def close(self) -> None:
         self._file.close()
 
 
-def _opened(file: LocalFile | StoredFile, page_size: int) -> Image:
+def _opened(file: ImageFile, page_size: int) -> Image:
     return _Numbered(file, page_size)
 
 
@@ -215,6 +217,8 @@ def test_a_production_host_of_64_gb() -> None:
             "image_id": f"process-{n:02d}",
             "kind": "process",
             "format": "arrow",
+            "producer": "",
+            "filter_level": "",
             "host": "",
             "tenant": "",
         }

@@ -259,14 +259,14 @@ def test_blocks_come_in_flight_and_in_order(s3: Proxy, hasty: stores.Rules, tmp_
     s3.server.put("x.raw", path.read_bytes())
     image = images.open_image(s3.uri("x.raw"))
     assert isinstance(image, StoredExtentImage)
-    handle, together = image._file._handle, threading.Barrier(hasty.in_flight)
+    handle, together = image._objects[0]._handle, threading.Barrier(hasty.in_flight)
 
     class Waiting:
         def read_at(self, nbytes: int, offset: int) -> bytes:
             together.wait(30)  # for all that are in flight
             return bytes(handle.read_at(nbytes, offset))
 
-    image._file._handle = Waiting()
+    image._objects[0]._handle = Waiting()
     assert contents(image.batches(0, 320)) == path.read_bytes()  # 20 blocks, four by four
 
     def slow_first(n: int, _: threading.Event) -> int:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ksmdist import report
-from ksmdist.cli import live, predictions, reports, scanning
+from ksmdist.cli import files, live, predictions, reports, scanning
 from ksmdist.errors import KsmdistError
 from ksmdist.version import __version__
 
@@ -40,7 +40,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 for _name, _command in (
     ("run", scanning.run_command),
     ("plan", scanning.plan_command),
-    ("import", scanning.import_command),
+    ("info", files.info_command),
+    ("import", files.import_command),
+    ("export", files.export_command),
     ("capture", live.capture_command),
     ("verify-kernel", live.verify_command),
     ("demo", scanning.demo_command),

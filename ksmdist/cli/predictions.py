@@ -51,8 +51,19 @@ def whatif_command(
     rows = table.to_pylist()
     fault = int(done.sharing.of_images("zero_mapped_fault").sum())
     if as_json:
-        print(json.dumps(result | {"grid": rows, "best": best(rows, settings), "present": present(rows)}))
+        print(
+            json.dumps(
+                result
+                | {
+                    "grid": rows,
+                    "best": best(rows, settings),
+                    "present": present(rows),
+                    "filtered": done.filtered,
+                }
+            )
+        )
         return
+    report.render_filtered(done.filtered, sys.stdout)
     if asked:
         report.render_prediction(result, fault, sys.stdout)
     else:
@@ -83,8 +94,9 @@ def explain_command(
             raise SettingsError("is no region of these images", region, f"use one of {', '.join(names[:20])}")
         rows = chosen
     if as_json:
-        print(json.dumps({"explain": rows, "settings": settings.as_dict()}))
+        print(json.dumps({"explain": rows, "settings": settings.as_dict(), "filtered": done.filtered}))
     else:
+        report.render_filtered(done.filtered, sys.stdout)
         report.render_explain(rows, settings.page_size, sys.stdout)
 
 
@@ -102,8 +114,9 @@ def unmerge_command(
     rows = unmerge(done.sharing, counters.predict(done.sharing, settings), settings).to_pylist()
     rows = _of_image(rows, image, done)
     if as_json:
-        print(json.dumps({"unmerge": rows, "settings": settings.as_dict()}))
+        print(json.dumps({"unmerge": rows, "settings": settings.as_dict(), "filtered": done.filtered}))
     else:
+        report.render_filtered(done.filtered, sys.stdout)
         report.render_unmerge(rows, settings, sys.stdout)
 
 

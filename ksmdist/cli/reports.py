@@ -176,7 +176,7 @@ def query_command(
         raise SettingsError("exclude each other", "SQL, -f, --list", "give one of them")
     if as_csv and as_json:
         raise SettingsError("exclude each other", "--csv, --json", "give one of them")
-    store.read_manifest(run)
+    manifest = store.read_manifest(run)
     if file is not None:
         try:
             sql = file.read_text(encoding="utf-8")
@@ -186,6 +186,7 @@ def query_command(
         _list(tables_of(run), as_csv, as_json)
         return
     with ask(run, sql) as answer:
+        report.render_filtered(manifest["summary"]["filtered"], sys.stderr)
         _answer(answer, as_csv, as_json)
 
 

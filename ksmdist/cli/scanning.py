@@ -1,4 +1,4 @@
-"""Commands that read images: run, plan, import, demo."""
+"""Commands that count what images hold: run, plan, demo."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Annotated
 
 import typer
 
-from ksmdist import images, options, pipeline, report, runs
+from ksmdist import options, pipeline, report, runs
 from ksmdist.checkpoint import is_complete, unfinished
 from ksmdist.errors import EXIT_HOLES, EXIT_INTERRUPTED, RunDirectoryError, SettingsError
 from ksmdist.settings import Settings
 from ksmdist.timings import Progress
 
-__all__ = ["demo_command", "import_command", "plan_command", "run_command"]
+__all__ = ["demo_command", "plan_command", "run_command"]
 
 
 def run_command(
@@ -28,6 +28,7 @@ def run_command(
         Path | None, typer.Option("--out", "-o", metavar="RUN", help="The run directory to write; required.")
     ] = None,
     manifest: options.Manifest = None,
+    base: options.Base = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="RUN", help="Take up an unfinished run; no IMAGE, no setting.")
     ] = None,
@@ -108,7 +109,9 @@ def run_command(
     )
     _show(
         out,
-        lambda bar: pipeline.run(sources or [], out, settings, engine, address, bar, manifest, strict, previous),
+        lambda bar: pipeline.run(
+            sources or [], out, settings, engine, address, bar, manifest, strict, previous, base or ()
+        ),
         as_json,
         quiet,
     )
@@ -123,6 +126,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 def plan_command(
     sources: options.Sources = None,
     manifest: options.Manifest = None,
+    base: options.Base = None,
     format: options.Format = None,
     page_size: options.PageSize = 4096,
     engine: options.Engine = "auto",
@@ -146,7 +150,7 @@ def plan_command(
         task_memory=None if task_memory is None else task_memory << 20,
         fan_in=fan_in,
     )
-    planned = pipeline.estimate(sources or [], settings, engine, address, manifest, cpus)
+    planned = pipeline.estimate(sources or [], settings, engine, address, manifest, cpus, base or ())
     if as_json:
         print(
             json.dumps(
@@ -168,57 +172,6 @@ def plan_command(
 def _name_missing(missing: Sequence[str], then: str) -> None:
     names = report.printable(", ".join(missing[:10]) + (" ..." if len(missing) > 10 else ""))
     print(f"{len(missing)} images are on nodes that are not in the cluster: {names}: {then}", file=sys.stderr)
-
-
-def import_command(
-    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="Memory images in any format.")],
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", metavar="X.arrow", help="The Arrow file to write; or a directory, for one each."),
-    ],
-    image_id: Annotated[str, typer.Option("--id", help="Name of the image. [default: the file's name]")] = "",
-    format: options.Format = None,
-    page_size: options.PageSize = 4096,
-) -> None:
-    """Write memory images as Arrow (table memory_image): several sources as one image, by address."""
-    opened = [images.open_image(source, page_size, format) for source in sources]
-    infos = [source.info for source in opened]
-    if out.is_dir():
-        if image_id and len(opened) > 1:
-            raise SettingsError("names one image, and there are several", "--id", "import them one by one")
-        ids = [image_id] if image_id else images.image_ids(infos)
-        jobs = [
-            ([source], out / f"{name.replace('/', '_')}.arrow", name) for source, name in zip(opened, ids, strict=True)
-        ]
-    else:
-        name = image_id or (infos[0].image_id or Path(infos[0].path).stem if len(infos) == 1 else out.stem)
-        jobs = [(opened, out, name)]
-    holes = 0
-    for group, target, name in jobs:
-        if target.exists():
-            raise RunDirectoryError("exists", str(target), "choose another name with -o, or remove it")
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            lost = images.write_image(group, str(partial), name)
-            os.replace(partial, target)
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot be written: {os.strerror(error.errno) if error.errno else error}",
-                str(target),
-                "choose another -o",
-            ) from None
-        finally:
-            partial.unlink(missing_ok=True)
-        for path, hole in lost:
-            holes += hole.pages
-            print(f"{path}: {hole.pages} pages at {hole.address:#x} {hole.reason}: left out", file=sys.stderr)
-        pages = sum(source.info.pages for source in group) - sum(
-            hole.pages for _, hole in lost if hole.reason == "unreadable"
-        )
-        print(f"{target}: image {report.printable(name)}, {pages:,} pages")
-    if holes:
-        raise typer.Exit(EXIT_HOLES)
 
 
 def demo_command(

@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from ksmdist.errors import ImageError, SettingsError
 from ksmdist.images.arrow import ARROW
+from ksmdist.images.avml import AVML
 from ksmdist.images.base import Format, Hole, Image, ImageInfo
+from ksmdist.images.criu import CRIU
 from ksmdist.images.elf import ELF
-from ksmdist.images.files import LocalFile, open_file
-from ksmdist.images.raw import RAW
-from ksmdist.images.stores import StoredFile
+from ksmdist.images.files import ImageFile, changed, is_changed, open_file
+from ksmdist.images.flattened import FLATTENED, FlattenedFile
+from ksmdist.images.kdump import KDUMP
+from ksmdist.images.lime import LIME
+from ksmdist.images.packed import PackedFile, codec_of
+from ksmdist.images.qemu import QEMU
+from ksmdist.images.raw import RAW, open_layers
 from ksmdist.images.uris import local_path, parse_uri
+from ksmdist.images.vmware import VMWARE, is_vmem
 from ksmdist.images.writer import write_image
 
 __all__ = [
@@ -24,59 +32,98 @@ __all__ = [
     "Hole",
     "Image",
     "ImageInfo",
+    "check_unchanged",
     "image_ids",
     "open_image",
+    "reopen",
     "why_no_image",
     "write_image",
 ]
 
-FORMATS: tuple[Format, ...] = (ARROW, ELF, RAW)
+FORMATS: tuple[Format, ...] = (ARROW, ELF, KDUMP, LIME, AVML, QEMU, CRIU, VMWARE, RAW)
 """All formats, in the order in which they are tried."""
 
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
-    (b"KDUMP   ", "a kdump file"),
-    (b"DISKDUMP", "a diskdump file"),
-    (b"makedumpfile\0\0\0\0", "a flattened kdump file"),
-    (b"EMiL", "a LiME file"),
-    (b"AVML", "an AVML file"),
-    (b"QEVM", "a QEMU migration stream"),
-    (b"LibvirtQemudSave", "a libvirt save file"),
-    (bytes.fromhex("1943565425400856"), "a CRIU pagemap"),
-    (bytes.fromhex("16313158"), "a CRIU inventory"),
-    (b"\x28\xb5\x2f\xfd", "zstd-compressed"),
-    (b"\x1f\x8b", "gzip-compressed"),
-    (b"\xfd7zXZ\0", "xz-compressed"),
-    (b"\x04\x22\x4d\x18", "lz4-compressed"),
+    (bytes.fromhex("16313158"), "a CRIU inventory: name its folder"),
     (b"QFI\xfb", "a qcow2 disk image"),
     (b"KDMV", "a VMDK disk image"),
     (b"PAR1", "a Parquet file"),
+    (b"BZh", "bzip2-compressed"),
+    (b"PK\x03\x04", "a zip archive"),
 )
 """Files that are certainly not raw memory, by their first bytes: scanning them as raw would mislead."""
 
+_LAYERS = 4  # a file in a file: compressed, flattened, compressed
+_HEAD_BYTES = 64
 
-def open_image(path: str, page_size: int = 4096, format: str | None = None) -> Image:
+
+def open_image(
+    path: str, page_size: int = 4096, format: str | None = None, base: Sequence[str] = (), unpacked: int = 0
+) -> Image:
     """Open a memory image by path or URI, its format found by magic unless given by name.
 
+    A compressed or flattened file is read through. base: files that a raw image is laid over, the lowest first;
+    unpacked: ImageInfo.unpacked of when it was opened before, so that it is not counted again.
     Raises ImageError for what is no memory image or has another format, ImageReadError for what
     cannot be opened, SettingsError for an unknown format, another page size or a URI that cannot be.
     """
     by_name = {known.name: known for known in FORMATS}
     if format is not None and format not in by_name:
         raise SettingsError(f"{format!r} is unknown", "format", f"use one of {', '.join(by_name)}")
-    file = open_file(path)
-    try:
-        return _format(file, None if format is None else by_name[format]).open(file, page_size)
-    except BaseException:
-        file.close()
-        raise
+    with ExitStack() as opened:  # closes what was opened, unless an image takes it over
+        file: ImageFile = open_file(path)
+        opened.callback(file.close)
+        found: Format | None = None if format is None else by_name[format]
+        if found is not RAW or unpacked:  # raw by name is what the file itself has
+            file, head = _unwrapped(file, unpacked)
+            found = _format(file, head, found)
+        if base and found is not RAW:
+            raise SettingsError(f"is a file of format {found.name}", path, "--base goes with raw images alone")
+        if base:
+            files: list[ImageFile] = []
+            for lower in base:
+                files.append(open_file(lower))
+                opened.callback(files[-1].close)
+            image = open_layers([*files, file], page_size)
+        else:
+            image = found.open(file, page_size)
+        opened.pop_all()
+        return image
 
 
-def _format(file: LocalFile | StoredFile, forced: Format | None) -> Format:
-    if forced is RAW:
-        return forced
-    head = file.read(0, 64)
+def reopen(info: ImageInfo) -> Image:
+    """The image of which this is known; raises ImageError if a file of it has changed since."""
+    image = open_image(info.path, info.page_size, info.format, info.base, info.unpacked)
+    if (image.info.fingerprint, image.info.parts) != (info.fingerprint, info.parts):
+        image.close()
+        raise changed(info.path)
+    return image
+
+
+def check_unchanged(info: ImageInfo) -> None:
+    """Raises ImageError if a local file of an image is not what it was; stored ones are checked as they are read."""
+    for path, fingerprint in ((info.path, info.fingerprint), *info.parts):
+        if is_changed(path, fingerprint):
+            raise changed(path)
+
+
+def _unwrapped(file: ImageFile, unpacked: int) -> tuple[ImageFile, bytes]:
+    """What a file holds, compressed or flattened, and the first bytes of that."""
+    for _ in range(_LAYERS):
+        head = file.read(0, _HEAD_BYTES)
+        codec = codec_of(head)
+        if codec:
+            file = PackedFile(file, codec, unpacked)
+        elif head.startswith(FLATTENED):
+            file = FlattenedFile(file)
+        else:
+            return file, head
+    raise ImageError(f"is compressed more than {_LAYERS} times over", file.path, "unpack it, and scan that")
+
+
+def _format(file: ImageFile, head: bytes, forced: Format | None) -> Format:
     if forced is not None:
-        if not forced.matches(head):
+        if not (forced.matches(head) or (forced is VMWARE and is_vmem(file.path))):
             raise ImageError(
                 f"does not start like {forced.name}", file.path, "leave --format out, or give the right one"
             )
@@ -88,17 +135,19 @@ def _format(file: LocalFile | StoredFile, forced: Format | None) -> Format:
             file.path,
             "unpack or convert it to raw or ELF; --format raw scans the file as it is",
         )
-    return next(known for known in FORMATS if known.matches(head))
+    found = next(known for known in FORMATS if known.matches(head))
+    return VMWARE if found is RAW and is_vmem(file.path) else found
 
 
 def _foreign(head: bytes) -> str | None:
     return next((name for magic, name in _FOREIGN if head.startswith(magic)), None)
 
 
-def why_no_image(head: bytes, named_as_raw: bool) -> str:
-    """Why a file of a folder is no image, such as "is a kdump file"; "" if it may be one.
+def why_no_image(head: bytes, named_as_raw: bool, named_as_packed: bool) -> str:
+    """Why a file of a folder is no image, such as "is a qcow2 disk image"; "" if it may be one.
 
-    head: its first 64 bytes; named_as_raw: its name says that it is raw memory, which has no magic.
+    head: its first 64 bytes; named_as_raw: its name says that it is raw memory, which has no magic;
+    named_as_packed: that it is a compressed image.
     """
     if not head:
         return "is empty"
@@ -108,7 +157,11 @@ def why_no_image(head: bytes, named_as_raw: bool) -> str:
     if ELF.matches(head):
         # e_type, in the file's own byte order: 4 is a core.
         return "" if head[16:18] in (b"\4\0", b"\0\4") else "is an ELF file, and no core"
-    if ARROW.matches(head) or named_as_raw:
+    if codec_of(head) and not named_as_packed:
+        return f"is {codec_of(head)}-compressed, and its name does not say that an image is in it"
+    if named_as_raw or codec_of(head) or head.startswith(FLATTENED):
+        return ""
+    if any(known.matches(head) for known in FORMATS if known is not RAW):
         return ""
     return "has no magic of an image, nor an ending of raw memory"
 

@@ -21,9 +21,9 @@ import pyarrow as pa
 from ksmdist.columns import codes, present, values
 from ksmdist.errors import ImageError, ImageReadError
 from ksmdist.images import ipc
-from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo, runs_of
+from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo, joined_ranges, runs_of
 from ksmdist.images.extents import populate, read_rows
-from ksmdist.images.files import LocalFile
+from ksmdist.images.files import ImageFile, LocalFile
 from ksmdist.images.headers import HINT, image_info
 from ksmdist.images.stores import StoredFile
 from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
@@ -65,6 +65,16 @@ class _Rows(ABC):
             here = held[at] == address
             found[here] = int(self._starts[number]) + at[here]
         return found
+
+    def ranges(self) -> np.ndarray:
+        """See Image.ranges: the addresses of all record batches are read."""
+        size = np.uint64(self.info.page_size)
+        found = [np.zeros((0, 2), np.uint64)]
+        for number in np.flatnonzero(np.diff(self._starts)).tolist():
+            held = self._addresses(number)
+            found.append(joined_ranges(held, held + size))
+        every = np.concatenate(found)
+        return joined_ranges(every[:, 0], every[:, 1])
 
     def _batch_of(self, address: int, firsts: dict[int, int]) -> int:
         """The last record batch that begins at or before an address, -1 for none."""
@@ -144,12 +154,16 @@ class ArrowImage(_Rows):
             self._reader = pa.ipc.open_file(self._file)
             schema = self._reader.schema
             rows = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
-        except (pa.ArrowException, OSError) as error:
+            _ = schema.names
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ImageError(f"truncated or damaged Arrow file: {str(error).splitlines()[0]}", path, HINT) from None
         self._starts = np.concatenate(([0], np.cumsum(rows, dtype=np.int64)))
         self.info = image_info(schema, file, page_size, int(self._starts[-1]))
         if rows:  # a file's last dictionary holds the names of all its batches
-            names = self._batch(0).column("region").dictionary.to_pylist()
+            try:
+                names = self._batch(0).column("region").dictionary.to_pylist()
+            except UnicodeDecodeError:
+                raise ImageError("has names of regions that are no UTF-8", path, HINT) from None
             self.info = replace(self.info, regions=tuple(name or "" for name in names))
 
     def close(self) -> None:
@@ -183,6 +197,8 @@ class ArrowImage(_Rows):
         try:
             batch = self._reader.get_batch(index)
             batch.validate()
+            if any(buffer.size % 4 for buffer in batch.column("content").buffers()[1:2]):
+                raise pa.ArrowInvalid("offsets of another width")
         except (pa.ArrowException, OSError) as error:
             raise ImageError(
                 f"record batch {index} is damaged: {str(error).splitlines()[0]}", self._path, HINT
@@ -425,10 +441,14 @@ def _offsets(content: pa.Array) -> np.ndarray:
     return np.frombuffer(content.buffers()[1], np.int32)[content.offset : content.offset + len(content) + 1]
 
 
-def _open(file: LocalFile | StoredFile, page_size: int) -> Image:
+def _open(file: ImageFile, page_size: int) -> Image:
     if isinstance(file, LocalFile):
         return ArrowImage(file, page_size)
-    return StoredArrowImage(file, page_size)
+    if isinstance(file, StoredFile):
+        return StoredArrowImage(file, page_size)
+    raise ImageError(
+        "is an Arrow file within a compressed one: its footer is at its end", file.path, "unpack it, and scan that"
+    )
 
 
 ARROW = Format("arrow", lambda head: head.startswith(b"ARROW1"), _open)

@@ -1,22 +1,36 @@
-"""Images whose pages lie uncompressed in one file: runs of pages, and reading them with no copy."""
+"""Images whose pages lie uncompressed in files: runs of pages, and reading them with no copy."""
 
 from __future__ import annotations
 
 import functools
 import mmap
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from threading import Event
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from ksmdist.images.base import BATCH_BYTES, Hole, Image, ImageInfo, page_batch, runs_of
-from ksmdist.images.files import LocalFile
+from ksmdist.errors import ImageError
+from ksmdist.images.base import BATCH_BYTES, Hole, Image, ImageInfo, joined_ranges, page_batch, runs_of
+from ksmdist.images.files import ImageFile, LocalFile
 from ksmdist.images.stores import StoredFile
 
-__all__ = ["ExtentImage", "Extents", "StoredExtentImage", "extent_image", "populate", "read_rows"]
+__all__ = [
+    "FILLED",
+    "PIECES",
+    "ExtentImage",
+    "Extents",
+    "PackedExtentImage",
+    "StoredExtentImage",
+    "check_forward",
+    "content_array",
+    "extent_image",
+    "populate",
+    "read_rows",
+]
 
 _MADV_POPULATE_READ = 22  # include/uapi/asm-generic/mman-common.h, Linux 5.14; not named by Python 3.11
 _GATHER_PAGES = 256  # runs shorter than 1 MiB are copied together: a mapping for each costs more
@@ -24,19 +38,35 @@ _GATHER_PAGES = 256  # runs shorter than 1 MiB are copied together: a mapping fo
 
 @dataclass(frozen=True, slots=True)
 class Extents:
-    """Runs of pages, ascending and disjoint: page[i] + k is at byte offset[i] + k * page_size.
+    """Runs of pages, ascending and disjoint: page[i] + k is at byte offset[i] + k * page_size of file file[i].
 
-    page, count, offset: int64[n], in pages, pages, bytes. offset -1: the one page of this run is
-    made of `pieces[i]`, a list of (file offset, nbytes) laid end to end.
+    page, count, offset: int64[n], in pages, pages, bytes. offset PIECES: the one page of this run is made of
+    `pieces[i]`, a list of (file offset, nbytes) laid end to end; offset FILLED - b: all bytes are b.
+    file: int32[n], places in the image's list of files; None: all are in the first.
+    flags: uint32[n], `memory_image.flags` of all pages of the run; None: they are eligible.
+    region: int32[n], places in ImageInfo.regions, -1 for none; None: none has one.
     """
 
     page: np.ndarray
     count: np.ndarray
     offset: np.ndarray
-    pieces: Mapping[int, tuple[tuple[int, int], ...]]
+    pieces: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    file: np.ndarray | None = None
+    flags: np.ndarray | None = None
+    region: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.page)
+
+    @property
+    def pages(self) -> int:
+        """Pages in all runs."""
+        return int(self.count.sum())
+
+
+PIECES = -1
+FILLED = -2
+"""Extents.offset of a run full of zeros; FILLED - b of one full of the byte b."""
 
 
 def populate(mapping: mmap.mmap, start: int, nbytes: int) -> bool:
@@ -82,66 +112,121 @@ def content_array(data: pa.Buffer, count: int, page_size: int) -> pa.Array:
     return pa.BinaryArray.from_buffers(pa.binary(), count, [None, pa.py_buffer(offsets), data])
 
 
-def _runs(extents: Extents, ends: np.ndarray, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(extent, first page in it, pages) that make up pages [start, end). ends: running sum of extents.count."""
-    index = int(np.searchsorted(ends, start, side="right"))
-    while start < end:
-        base = int(ends[index] - extents.count[index])
-        stop = min(end, int(ends[index]))
-        yield index, start - base, stop - start
-        start = stop
-        index += 1
+class _Run(NamedTuple):
+    """`pages` pages of extent `extent`, from its page `first` on."""
+
+    extent: int
+    first: int
+    pages: int
 
 
-def _find(extents: Extents, ends: np.ndarray, page_size: int, address: np.ndarray) -> np.ndarray:
-    """Image.find()."""
-    page = (address // np.uint64(page_size)).astype(np.int64)
-    run = np.searchsorted(extents.page, page, side="right") - 1
-    inside = run >= 0
-    run = np.maximum(run, 0)
-    if len(extents) == 0:
-        return np.full(len(address), -1, np.int64)
-    at = page - extents.page[run]
-    return np.where(inside & (at < extents.count[run]), ends[run] - extents.count[run] + at, -1)
+class _ExtentPages:
+    """What all images made of extents have: numbers of pages, where they are, batches of them."""
 
-
-class ExtentImage:
-    """An image whose pages are `extents` of a file on this host."""
-
-    def __init__(self, file: LocalFile, info: ImageInfo, extents: Extents, holes: tuple[Hole, ...] = ()) -> None:
-        self._file = file
-        self._fd = file.fd
+    def __init__(self, files: Sequence[ImageFile], info: ImageInfo, extents: Extents, holes: tuple[Hole, ...]) -> None:
+        self._files = files
         self._extents = extents
         self._ends = np.cumsum(extents.count)
         self.info = info
         self.holes = holes
 
     def close(self) -> None:
-        """Let the file go."""
-        self._file.close()
+        """Let the files go."""
+        for file in self._files:
+            file.close()
+
+    def ranges(self) -> np.ndarray:
+        """See Image.ranges."""
+        extents = self._extents
+        return joined_ranges(extents.page, extents.page + extents.count) * np.uint64(self.info.page_size)
 
     def find(self, address: np.ndarray) -> np.ndarray:
         """See Image.find."""
-        return _find(self._extents, self._ends, self.info.page_size, address)
+        extents = self._extents
+        page = (address // np.uint64(self.info.page_size)).astype(np.int64)
+        run = np.searchsorted(extents.page, page, side="right") - 1
+        if len(extents) == 0:
+            return np.full(len(address), -1, np.int64)
+        inside = run >= 0
+        run = np.maximum(run, 0)
+        at = page - extents.page[run]
+        return np.where(inside & (at < extents.count[run]), self._ends[run] - extents.count[run] + at, -1)
+
+    def _runs(self, start: int, end: int) -> Iterator[_Run]:
+        """The runs that make up pages [start, end)."""
+        extents, ends = self._extents, self._ends
+        index = int(np.searchsorted(ends, start, side="right"))
+        while start < end:
+            base = int(ends[index] - extents.count[index])
+            stop = min(end, int(ends[index]))
+            yield _Run(index, start - base, stop - start)
+            start = stop
+            index += 1
+
+    def _pages(self, runs: Sequence[_Run]) -> np.ndarray:
+        """Page numbers of address order, int64."""
+        return np.concatenate([np.arange(run.pages) + int(self._extents.page[run.extent]) + run.first for run in runs])
+
+    def _batch(
+        self, pages: np.ndarray, content: pa.Array, runs: Sequence[_Run], keep: np.ndarray | None = None
+    ) -> pa.RecordBatch:
+        """A batch of the pages of some runs. keep: bool, of all these pages, which are in it; None: all."""
+        named = []
+        for column in (self._extents.flags, self._extents.region):
+            if column is not None:
+                column = np.repeat(column[[run.extent for run in runs]], [run.pages for run in runs])
+                column = column if keep is None else column[keep]
+            named.append(column)
+        return page_batch(pages, content, self.info.page_size, named[0], named[1], self.info.regions)
+
+    def _source(self, run: _Run) -> tuple[int, int]:
+        """(place of the file, byte offset) of the first page of a run; the offset may be PIECES or FILLED - b."""
+        offset = int(self._extents.offset[run.extent])
+        file = 0 if self._extents.file is None else int(self._extents.file[run.extent])
+        return file, offset if offset < 0 else offset + run.first * self.info.page_size
+
+    def _blocks(self, start: int, end: int, most: int) -> Iterator[list[_Run]]:
+        """The runs of pages [start, end), cut into blocks of at most `most` pages."""
+        block: list[_Run] = []
+        room = most
+        for index, first, count in self._runs(start, end):
+            while count:
+                taken = min(count, room)
+                block.append(_Run(index, first, taken))
+                first, count, room = first + taken, count - taken, room - taken
+                if not room:
+                    yield block
+                    block, room = [], most
+        if block:
+            yield block
+
+
+class ExtentImage(_ExtentPages):
+    """An image whose pages are `extents` of files on this host."""
+
+    def __init__(
+        self, files: Sequence[LocalFile], info: ImageInfo, extents: Extents, holes: tuple[Hole, ...] = ()
+    ) -> None:
+        super().__init__(files, info, extents, holes)
+        self._fds = [file.fd for file in files]
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Pages [start, end) by address; long runs as views of the mapped file, short ones copied."""
-        size = self.info.page_size
-        most = max(1, BATCH_BYTES // size)
-        short: list[tuple[int, int, int]] = []
+        most = max(1, BATCH_BYTES // self.info.page_size)
+        short: list[_Run] = []
         short_pages = 0
-        for index, first, count in _runs(self._extents, self._ends, start, end):
-            if count < _GATHER_PAGES:
-                short.append((index, first, count))
-                short_pages += count
+        for run in self._runs(start, end):
+            if run.pages < _GATHER_PAGES:
+                short.append(run)
+                short_pages += run.pages
                 if short_pages + _GATHER_PAGES <= most:
                     continue
             if short:
                 yield from self._gathered(short)
                 short, short_pages = [], 0
-            if count >= _GATHER_PAGES:
-                for at in range(first, first + count, most):
-                    yield from self._mapped(index, at, min(most, first + count - at))
+            if run.pages >= _GATHER_PAGES:
+                for at in range(run.first, run.first + run.pages, most):
+                    yield from self._mapped(_Run(run.extent, at, min(most, run.first + run.pages - at)))
         if short:
             yield from self._gathered(short)
 
@@ -150,128 +235,180 @@ class ExtentImage:
         most = max(1, BATCH_BYTES // self.info.page_size)
         for at in range(0, len(pages), most):
             some = runs_of(pages[at : at + most])
-            yield from self._gathered([run for span in some for run in _runs(self._extents, self._ends, *span)])
+            yield from self._gathered([run for span in some for run in self._runs(*span)])
 
-    def _mapped(self, index: int, first: int, count: int) -> Iterator[pa.RecordBatch | Hole]:
-        size = self.info.page_size
-        page = int(self._extents.page[index]) + first
-        offset = int(self._extents.offset[index]) + first * size
+    def _mapped(self, run: _Run) -> Iterator[pa.RecordBatch | Hole]:
+        size, nbytes = self.info.page_size, run.pages * self.info.page_size
+        file, offset = self._source(run)
+        if offset < 0:
+            yield from self._gathered([run])
+            return
         aligned = offset - offset % mmap.ALLOCATIONGRANULARITY
-        delta, nbytes = offset - aligned, count * size
+        delta = offset - aligned
         try:
-            mapping = mmap.mmap(self._fd, delta + nbytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=aligned)
+            mapping = mmap.mmap(self._fds[file], delta + nbytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=aligned)
         except (OSError, ValueError):  # ValueError: the file has become shorter
             mapping = None
         if mapping is None or not populate(mapping, delta, nbytes):
-            yield from self._read(page, offset, count)
+            yield from self._gathered([run])
             return
         data = pa.py_buffer(mapping).slice(delta, nbytes)
-        yield page_batch(np.arange(page, page + count), content_array(data, count, size), size)
+        yield self._batch(self._pages([run]), content_array(data, run.pages, size), [run])
 
-    def _read(self, page: int, offset: int, count: int) -> Iterator[pa.RecordBatch | Hole]:
+    def _gathered(self, runs: list[_Run]) -> Iterator[pa.RecordBatch | Hole]:
         size = self.info.page_size
-        rows, readable = read_rows(self._fd, offset, count, size)
-        pages = np.arange(page, page + count)
-        if len(rows):
-            yield page_batch(pages[readable], content_array(pa.py_buffer(rows), len(rows), size), size)
-        for lost in pages[~readable].tolist():
-            yield Hole(lost * size, 1, "unreadable")
-
-    def _gathered(self, runs: list[tuple[int, int, int]]) -> Iterator[pa.RecordBatch | Hole]:
-        size = self.info.page_size
-        parts, pages = [], []
-        lost: list[int] = []
-        for index, first, count in runs:
-            page = np.arange(count) + int(self._extents.page[index]) + first
-            pieces = self._extents.pieces.get(index)
-            if pieces is None:
-                rows, readable = read_rows(self._fd, int(self._extents.offset[index]) + first * size, count, size)
+        parts, readable = [], []
+        for run in runs:
+            file, offset = self._source(run)
+            if offset >= 0:
+                rows, good = read_rows(self._fds[file], offset, run.pages, size)
+            elif offset == PIECES:
+                rows, good = self._joined(self._fds[file], self._extents.pieces[run.extent])
             else:
-                rows, readable = self._joined(pieces)
+                rows, good = np.full((run.pages, size), FILLED - offset, np.uint8), np.ones(run.pages, bool)
             parts.append(rows)
-            pages.append(page[readable])
-            lost.extend(page[~readable].tolist())
-        data = np.concatenate(parts)
+            readable.append(good)
+        data, keep, pages = np.concatenate(parts), np.concatenate(readable), self._pages(runs)
         if len(data):
-            yield page_batch(np.concatenate(pages), content_array(pa.py_buffer(data), len(data), size), size)
-        for page_number in lost:
+            yield self._batch(pages[keep], content_array(pa.py_buffer(data), len(data), size), runs, keep)
+        for page_number in pages[~keep].tolist():
             yield Hole(page_number * size, 1, "unreadable")
 
-    def _joined(self, pieces: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
+    def _joined(self, fd: int, pieces: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
         row = np.zeros((1, self.info.page_size), np.uint8)
         target = row.data.cast("B")
         at, readable = 0, True
         for offset, nbytes in pieces:
-            readable = readable and _pread_into(self._fd, target[at : at + nbytes], offset)
+            readable = readable and _pread_into(fd, target[at : at + nbytes], offset)
             at += nbytes
         return row[: int(readable)], np.array([readable])
 
 
-class StoredExtentImage:
-    """An image whose pages are `extents` of an object in a store: read in blocks, several of them in flight."""
+class StoredExtentImage(_ExtentPages):
+    """An image whose pages are `extents` of objects in a store: read in blocks, several of them in flight."""
 
-    def __init__(self, file: StoredFile, info: ImageInfo, extents: Extents, holes: tuple[Hole, ...] = ()) -> None:
-        self._file = file
-        self._extents = extents
-        self._ends = np.cumsum(extents.count)
-        self.info = info
-        self.holes = holes
-
-    def close(self) -> None:
-        """Let the object go."""
-        self._file.close()
-
-    def find(self, address: np.ndarray) -> np.ndarray:
-        """See Image.find."""
-        return _find(self._extents, self._ends, self.info.page_size, address)
+    def __init__(
+        self, files: Sequence[StoredFile], info: ImageInfo, extents: Extents, holes: tuple[Hole, ...] = ()
+    ) -> None:
+        super().__init__(files, info, extents, holes)
+        self._objects = files
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
-        """Pages [start, end) by address, a block to a batch; raises ImageError if the object changed meanwhile."""
+        """Pages [start, end) by address, a block to a batch; raises ImageError if an object changed meanwhile."""
         if start < end:
-            yield from self._file.in_order(functools.partial(self._block, runs) for runs in self._blocks(start, end))
-            self._file.checked()
+            yield from self._in_flight(self._blocks(start, end, self._most))
 
     def take(self, pages: np.ndarray) -> Iterator[pa.RecordBatch | Hole]:
         """See Image.take: several requests in flight."""
         if len(pages):
-            blocks = (block for span in runs_of(pages) for block in self._blocks(*span))
-            yield from self._file.in_order(functools.partial(self._block, block) for block in blocks)
-            self._file.checked()
+            yield from self._in_flight(block for span in runs_of(pages) for block in self._blocks(*span, self._most))
 
-    def _blocks(self, start: int, end: int) -> Iterator[list[tuple[int, int, int]]]:
-        """The runs of pages [start, end), cut into blocks."""
-        most = max(1, self._file.block_bytes // self.info.page_size)
-        block: list[tuple[int, int, int]] = []
-        room = most
-        for index, first, count in _runs(self._extents, self._ends, start, end):
-            while count:
-                taken = min(count, room)
-                block.append((index, first, taken))
-                first, count, room = first + taken, count - taken, room - taken
-                if not room:
-                    yield block
-                    block, room = [], most
-        if block:
-            yield block
+    @property
+    def _most(self) -> int:
+        return max(1, self._objects[0].block_bytes // self.info.page_size)
 
-    def _block(self, runs: list[tuple[int, int, int]], stop: Event) -> pa.RecordBatch:
+    def _in_flight(self, blocks: Iterator[list[_Run]]) -> Iterator[pa.RecordBatch | Hole]:
+        yield from self._objects[0].in_order(functools.partial(self._block, runs) for runs in blocks)
+        for file in self._objects:
+            file.checked()
+
+    def _block(self, runs: list[_Run], stop: Event) -> pa.RecordBatch:
         size = self.info.page_size
-        spans: list[tuple[int, int]] = []
-        pages = []
-        for index, first, count in runs:
-            pages.append(np.arange(count) + int(self._extents.page[index]) + first)
-            pieces = self._extents.pieces.get(index)
-            spans += pieces or [(int(self._extents.offset[index]) + first * size, count * size)]
-        buffers = self._file.read_spans(spans, stop)
-        data = buffers[0] if len(buffers) == 1 else pa.py_buffer(b"".join(buffers))
-        numbers = np.concatenate(pages)
-        return page_batch(numbers, content_array(data, len(numbers), size), size)
+        spans: list[list[tuple[int, int]]] = [[] for _ in self._objects]
+        parts: list[tuple[int, int, int]] = []  # place of the file, of the span; or -1, a byte, nbytes
+        for run in runs:
+            file, offset = self._source(run)
+            if offset <= FILLED:
+                parts.append((-1, FILLED - offset, run.pages * size))
+                continue
+            wanted = self._extents.pieces[run.extent] if offset == PIECES else [(offset, run.pages * size)]
+            for span in wanted:
+                parts.append((file, len(spans[file]), 0))
+                spans[file].append(span)
+        found = [file.read_spans(some, stop) if some else [] for file, some in zip(self._objects, spans, strict=True)]
+        buffers = [bytes([at]) * nbytes if file < 0 else found[file][at] for file, at, nbytes in parts]
+        data = pa.py_buffer(buffers[0]) if len(buffers) == 1 else pa.py_buffer(b"".join(buffers))
+        pages = self._pages(runs)
+        return self._batch(pages, content_array(data, len(pages), size), runs)
 
 
-def extent_image(
-    file: LocalFile | StoredFile, info: ImageInfo, extents: Extents, holes: tuple[Hole, ...] = ()
-) -> Image:
-    """The image whose pages are `extents` of this file."""
-    if isinstance(file, LocalFile):
-        return ExtentImage(file, info, extents, holes)
-    return StoredExtentImage(file, info, extents, holes)
+_UNPACKED_BYTES = 4 << 20  # of a file that is unpacked as it is read
+
+
+class PackedExtentImage(_ExtentPages):
+    """An image whose pages are `extents` of files that are unpacked as they are read, from their starts on."""
+
+    def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
+        """Pages [start, end) by address, copied; what cannot be unpacked is a hole."""
+        for block in self._blocks(start, end, max(1, _UNPACKED_BYTES // self.info.page_size)):
+            yield from self._read(block)
+
+    def take(self, pages: np.ndarray) -> Iterator[pa.RecordBatch | Hole]:
+        """See Image.take."""
+        most = max(1, _UNPACKED_BYTES // self.info.page_size)
+        for at in range(0, len(pages), most):
+            some = runs_of(pages[at : at + most])
+            yield from self._read([run for span in some for run in self._runs(*span)])
+
+    def _read(self, runs: list[_Run]) -> Iterator[pa.RecordBatch | Hole]:
+        size = self.info.page_size
+        parts: list[bytes] = []
+        keep = np.ones(sum(run.pages for run in runs), bool)
+        at = 0
+        for run in runs:
+            file, offset = self._source(run)
+            nbytes = run.pages * size
+            if offset <= FILLED:
+                data = bytes([FILLED - offset]) * nbytes
+            elif offset == PIECES:
+                data = b"".join(self._files[file].read(*piece) for piece in self._extents.pieces[run.extent])
+            else:
+                data = self._files[file].read(offset, nbytes)
+            whole = len(data) // size
+            parts.append(data if len(data) == nbytes else data[: whole * size])
+            keep[at + whole : at + run.pages] = False
+            at += run.pages
+        pages = self._pages(runs)
+        if keep.any():
+            joined = parts[0] if len(parts) == 1 else b"".join(parts)  # a join of one would copy it
+            content = content_array(pa.py_buffer(joined), int(keep.sum()), size)
+            yield self._batch(pages[keep], content, runs, keep)
+        for page_number in pages[~keep].tolist():
+            yield Hole(page_number * size, 1, "damaged")
+
+
+_JUMPS = 64
+
+
+def check_forward(file: ImageFile, extents: Extents, number: int = 0) -> None:
+    """Raises ImageError where pages lie in a compressed file, number `number` of theirs, in another order than by
+    address: it is unpacked from its start on for each that lies before the last."""
+    if isinstance(file, (LocalFile, StoredFile)):
+        return
+    here = np.ones(len(extents), bool) if extents.file is None else extents.file == number
+    whole = np.flatnonzero(here & (extents.offset >= 0))
+    pieces = [(i, offset) for i, parts in extents.pieces.items() if here[i] for offset, _ in parts]
+    run = np.concatenate((whole, np.array([i for i, _ in pieces], np.int64)))
+    offset = np.concatenate((extents.offset[whole], np.array([offset for _, offset in pieces], np.int64)))
+    if int((np.diff(offset[np.argsort(run, kind="stable")]) < 0).sum()) > _JUMPS:
+        raise ImageError(
+            "is compressed, and its pages do not lie in it by address: each would be unpacked from its start on",
+            file.path,
+            "unpack it, and scan what comes out",
+        )
+
+
+def extent_image(files: Sequence[ImageFile], info: ImageInfo, extents: Extents, holes: tuple[Hole, ...] = ()) -> Image:
+    """The image whose pages are `extents` of these files, which it takes over.
+
+    Raises ImageError for compressed files whose pages lie in them in another order than by address.
+    """
+    local = [file for file in files if isinstance(file, LocalFile)]
+    if len(local) == len(files):
+        return ExtentImage(local, info, extents, holes)
+    stored = [file for file in files if isinstance(file, StoredFile)]
+    if len(stored) == len(files):
+        return StoredExtentImage(stored, info, extents, holes)
+    for number, file in enumerate(files):
+        check_forward(file, extents, number)
+    return PackedExtentImage(files, info, extents, holes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import posixpath
+from dataclasses import replace
 from typing import Protocol
 from weakref import finalize
 
@@ -13,15 +15,31 @@ from ksmdist.errors import ImageError, ImageReadError, SettingsError
 from ksmdist.images.stores import StoredFile
 from ksmdist.images.uris import is_uri, local_path, parse_uri
 
-__all__ = ["ImageFile", "LocalFile", "check_unchanged", "open_file"]
+__all__ = ["ImageFile", "LocalFile", "changed", "is_changed", "open_beside", "open_file", "path_beside"]
 
 
 class ImageFile(Protocol):
-    """An open file. path: as errors name it; fingerprint: changes when the file does."""
+    """An open file, or what another file holds packed. path: as errors name it; fingerprint: changes when it does."""
 
-    path: str
-    nbytes: int
-    fingerprint: str
+    @property
+    def path(self) -> str:
+        """Its path or URI."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that can be read from it."""
+
+    @property
+    def disk_nbytes(self) -> int:
+        """Bytes of the file itself: other than nbytes where it is packed."""
+
+    @property
+    def unpacked(self) -> int:
+        """Bytes in it once decompressed, 0 where it is not compressed."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Size, time and the like: not a hash."""
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Bytes from `offset` on: `nbytes`, or as many as there are. Raises ImageReadError."""
@@ -36,6 +54,8 @@ class ImageFile(Protocol):
 class LocalFile:
     """A regular file, open for reading as the descriptor `fd`; raises ImageReadError."""
 
+    unpacked = 0
+
     def __init__(self, path: str) -> None:
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -49,7 +69,7 @@ class LocalFile:
             raise ImageReadError("is not a regular file", path, "name the image files themselves")
         stat = os.fstat(self.fd)
         self.path = path
-        self.nbytes = stat.st_size
+        self.nbytes = self.disk_nbytes = stat.st_size
         self.fingerprint = _fingerprint(stat)
 
     def read(self, offset: int, nbytes: int) -> bytes:
@@ -86,16 +106,33 @@ def _fingerprint(stat: os.stat_result) -> str:
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
 
 
-def check_unchanged(path: str, fingerprint: str) -> None:
-    """Raises ImageError if a local file is not what it was; stored ones are checked as they are read."""
+def is_changed(path: str, fingerprint: str) -> bool:
+    """Whether a local file is not what it was; False for stored ones."""
     if is_uri(path):
-        return
+        return False
     try:
-        now = _fingerprint(os.stat(path))
+        return _fingerprint(os.stat(path)) != fingerprint
     except OSError:
-        now = ""
-    if now != fingerprint:
-        raise ImageError("changed while it was scanned", path, "scan a copy, or stop what writes to it")
+        return True
+
+
+def changed(path: str) -> ImageError:
+    """The error of a file that is not what it was."""
+    return ImageError("changed while it was scanned", path, "scan a copy, or stop what writes to it")
+
+
+def path_beside(path: str, name: str) -> str:
+    """The path or URI of `name`, a relative path, in the folder of `path`."""
+    local = local_path(path)
+    if local is not None:
+        return os.path.join(os.path.dirname(local), name)
+    uri = parse_uri(path)
+    return str(replace(uri, path=posixpath.join(posixpath.dirname(uri.path), name)))
+
+
+def open_beside(file: ImageFile, name: str) -> LocalFile | StoredFile:
+    """Open `name`, a relative path, in the folder of `file`. Raises ImageReadError."""
+    return open_file(path_beside(file.path, name))
 
 
 def open_file(path: str) -> LocalFile | StoredFile:

@@ -57,14 +57,15 @@ def image_info(schema: pa.Schema, file: ImageFile, page_size: int, rows: int) ->
     kind = known["ksmdist.kind"] or ""
     if kind not in KINDS_OF_IMAGES:
         raise ImageError(f"metadata ksmdist.kind is {kind!r}", path, HINT)
-    caveats: tuple[str, ...] = ()
     try:
         source = json.loads(known["ksmdist.source"] or "{}")
-        if source.get("filter_level"):
-            caveats = (f"filtered by its producer: {source['filter_level']}",)
-        caveats += tuple(str(caveat) for caveat in source.get("caveats", ()))
+        producer, filter_level = (str(source.get(key) or "") for key in ("producer", "filter_level"))
+        excluded, span = (int(source.get(key) or 0) for key in ("pages_excluded", "span"))
+        caveats = tuple(str(caveat) for caveat in source.get("caveats", ()))
+        if not (0 <= excluded <= numbers["pages_absent"] and 0 <= span < 1 << 63):
+            raise ValueError
     except (ValueError, AttributeError, TypeError):
-        raise ImageError("metadata ksmdist.source is no JSON object", path, HINT) from None
+        raise ImageError("metadata ksmdist.source is not what it should be", path, HINT) from None
     return ImageInfo(
         path=path,
         format="arrow",
@@ -79,6 +80,10 @@ def image_info(schema: pa.Schema, file: ImageFile, page_size: int, rows: int) ->
         tenant=known["ksmdist.tenant"] or "",
         caveats=caveats,
         scan_order=numbers["scan_order"],
+        producer=producer,
+        filter_level=filter_level,
+        pages_excluded=excluded,
+        span=span,
         passed_over=_passed_over(known["ksmdist.passed_over"] or "[]", path),
         ksm_stat=_ksm_stat(known["ksmdist.ksm_stat"] or "{}", path),
     )

@@ -5,19 +5,26 @@ An object store knows of no holes: there every page is present, as it is in a fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ksmdist.errors import ImageError
 from ksmdist.images.base import Format, Image, ImageInfo
 from ksmdist.images.extents import Extents, extent_image
-from ksmdist.images.files import LocalFile
-from ksmdist.images.stores import StoredFile
+from ksmdist.images.files import ImageFile, LocalFile
 
-__all__ = ["RAW"]
+__all__ = ["RAW", "open_layers"]
 
 
-def _open(file: LocalFile | StoredFile, page_size: int) -> Image:
-    path, nbytes = file.path, file.nbytes
+def open_layers(files: Sequence[ImageFile], page_size: int) -> Image:
+    """A raw image, or one laid over others: a page is that of the last file that has data there, not a hole.
+
+    So a Firecracker Diff snapshot is read: a hole in it is a page that has not changed since the file below.
+    files: the lowest first, all of one size. Raises ImageError.
+    """
+    top = files[-1]
+    path, nbytes = top.path, top.nbytes
     if nbytes == 0 or nbytes % page_size:
         if nbytes == 0:
             raise ImageError("is empty: not a memory image", path, "check that the dump was written")
@@ -27,27 +34,76 @@ def _open(file: LocalFile | StoredFile, page_size: int) -> Image:
             path,
             "check that it was copied whole, or give the right --page-size",
         )
+    for file in files[:-1]:
+        if file.nbytes != nbytes:
+            raise ImageError(
+                f"has {file.nbytes} bytes, and {path}, which is laid over it, {nbytes}",
+                file.path,
+                "give as --base the memory file that was taken before it, of the same microVM",
+            )
+    for file in files[1:]:
+        if not isinstance(file, LocalFile):
+            raise ImageError(
+                "is laid over a base, and where it lies, or compressed, it has no holes to say what is unchanged",
+                file.path,
+                "keep it sparse on a file system, or lay it over first: ksmdist export DIFF --base FULL -o WHOLE.raw",
+            )
+    start, end = _present(top, page_size)
+    number = np.full(len(start), len(files) - 1, np.int32)
+    for lower in range(len(files) - 2, -1, -1):
+        below, below_end = _less(*_present(files[lower], page_size), start, end)
+        start, end = np.concatenate((start, below)), np.concatenate((end, below_end))
+        number = np.concatenate((number, np.full(len(below), lower, np.int32)))
+        order = np.argsort(start)
+        start, end, number = start[order], end[order], number[order]
+    present = int((end - start).sum())
+    caveats = tuple(
+        f"{file.path} has no hole: if it was copied without them, its zero pages are unchanged memory"
+        for file in files[1:]
+        if len(file.data_extents()) == 1 and int(np.diff(file.data_extents()[0])[0]) == nbytes
+    )
+    info = ImageInfo.of(
+        top,
+        "raw",
+        "guest",
+        page_size,
+        present,
+        nbytes // page_size - present,
+        parts=tuple((file.path, file.fingerprint) for file in files[:-1]),
+        base=tuple(file.path for file in files[:-1]),
+        span=nbytes,
+        caveats=caveats,
+    )
+    extents = Extents(start, end - start, start * page_size, file=None if len(files) == 1 else number)
+    return extent_image(files, info, extents)
+
+
+def _present(file: ImageFile, page_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last page, exclusive, of each run of pages of which any byte is data."""
     data = file.data_extents()
-    # A page is present if any byte of it is data; runs that meet in one page become one.
     starts = data[:, 0] // page_size
     ends = -(-data[:, 1] // page_size)
-    if len(data):
+    if len(data):  # runs that meet in one page become one
         opens = np.concatenate(([True], starts[1:] > ends[:-1]))
         closes = np.concatenate((opens[1:], [True]))
         starts, ends = starts[opens], ends[closes]
-    count = ends - starts
-    present = int(count.sum())
-    info = ImageInfo(
-        path=path,
-        format="raw",
-        kind="guest",
-        page_size=page_size,
-        pages=present,
-        pages_absent=nbytes // page_size - present,
-        nbytes=nbytes,
-        fingerprint=file.fingerprint,
-    )
-    return extent_image(file, info, Extents(starts, count, starts * page_size, {}))
+    return starts, ends
+
+
+def _less(
+    start: np.ndarray, end: np.ndarray, other_start: np.ndarray, other_end: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What of ascending, disjoint runs others of that kind do not cover."""
+    edges = np.concatenate((start, end, other_start, other_end))
+    step = np.repeat(np.array([1, -1, -2, 2]), [len(start)] * 2 + [len(other_start)] * 2)
+    order = np.argsort(edges, kind="stable")
+    edges, level = edges[order], np.cumsum(step[order])
+    here = np.flatnonzero((level[:-1] == 1) & (edges[:-1] < edges[1:]))
+    return edges[here], edges[here + 1]
+
+
+def _open(file: ImageFile, page_size: int) -> Image:
+    return open_layers([file], page_size)
 
 
 RAW = Format("raw", lambda head: True, _open)

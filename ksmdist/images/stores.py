@@ -212,13 +212,15 @@ def _leave_cleanly() -> None:
 class StoredFile:
     """An object, open for reading. path: its URI; nbytes; fingerprint: size and ETag, or time where there is none."""
 
+    unpacked = 0
+
     def __init__(self, uri: str) -> None:
         self.path = uri
         self._rules = RULES
         self._store, self._name = store_of(parse_uri(uri))
         self._lock = Lock()
         self._handle = patiently(lambda _: self._store.open_input_file(self._name), uri, self._rules)
-        self.nbytes = int(self._handle.size())
+        self.nbytes = self.disk_nbytes = int(self._handle.size())
         self.fingerprint = self._fingerprint(self._handle)
 
     def close(self) -> None:

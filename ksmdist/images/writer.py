@@ -15,10 +15,17 @@ __all__ = ["write_image"]
 
 
 def write_image(
-    sources: Sequence[Pages], path: str, image_id: str, captured_at: str = "", producer: str = ""
+    sources: Sequence[Pages],
+    path: str,
+    image_id: str,
+    captured_at: str = "",
+    producer: str = "",
+    host: str = "",
+    tenant: str = "",
 ) -> list[tuple[str, Hole]]:
     """Write images, as one, to an Arrow file at `path`; returns (source path, hole) for what was unreadable.
 
+    producer, host, tenant: instead of what the sources say.
     The sources' addresses must not interleave: they are laid one after the other by first address.
     Unreadable pages get no row. Raises ImageError where two sources hold the same address, or where
     several name regions.
@@ -28,7 +35,15 @@ def write_image(
     if len(ordered) > 1 and any(source.info.regions for source in ordered):
         raise ImageError("names regions, so it cannot be joined with other sources", first.path, "import it by itself")
     absent = sum(source.info.pages_absent for source in sources)
-    origin = {"format": first.format, "producer": producer, "filter_level": "", "caveats": list(first.caveats)}
+    infos = [source.info for source in ordered]
+    origin = {
+        "format": first.format,
+        "producer": producer or first.producer,
+        "filter_level": "; ".join(dict.fromkeys(info.filter_level for info in infos if info.filter_level)),
+        "pages_excluded": sum(info.pages_excluded for info in infos),
+        "span": max(info.span for info in infos),
+        "caveats": list(dict.fromkeys(caveat for info in infos for caveat in info.caveats)),
+    }
     passed_over = [
         dict(zip(("region", "reason", "pages"), row, strict=True)) for s in ordered for row in s.info.passed_over
     ]
@@ -38,8 +53,8 @@ def write_image(
         "ksmdist.page_size": str(first.page_size),
         "ksmdist.image_id": image_id,
         "ksmdist.kind": first.kind,
-        "ksmdist.host": first.host,
-        "ksmdist.tenant": first.tenant,
+        "ksmdist.host": host or first.host,
+        "ksmdist.tenant": tenant or first.tenant,
         "ksmdist.source": json.dumps(origin, sort_keys=True),
         "ksmdist.pages_absent": str(absent),
         "ksmdist.captured_at": captured_at,
@@ -64,7 +79,8 @@ def write_image(
                         "import the sources one by one, each to an image of its own",
                     )
                 before = int(item.column("address")[-1].as_py())
-                writer.write_batch(item.replace_schema_metadata(metadata))
+                # Fields that may be null by the schema of another writer's file, and are not.
+                writer.write_batch(pa.RecordBatch.from_arrays(item.columns, schema=schema))
     return holes
 
 

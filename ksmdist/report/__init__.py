@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ksmdist.report.bar import Bar, Log
 from ksmdist.report.diff import diff_summary, render_diff
+from ksmdist.report.info import render_info
 from ksmdist.report.plan import render_plan
 from ksmdist.report.predictions import render_explain, render_prediction, render_unmerge, render_whatif
 from ksmdist.report.rows import render_rows
 from ksmdist.report.screen import render_summary
-from ksmdist.report.terminal import format_bytes, headline, printable, render
+from ksmdist.report.terminal import format_bytes, headline, printable, render, render_filtered
 
 __all__ = [
     "Bar",
@@ -20,6 +21,8 @@ __all__ = [
     "render",
     "render_diff",
     "render_explain",
+    "render_filtered",
+    "render_info",
     "render_plan",
     "render_prediction",
     "render_rows",

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 
 from ksmdist.report.screen import what_it_is
-from ksmdist.report.terminal import MAX_ROWS, console, format_bytes, knobs, printable, table
+from ksmdist.report.terminal import MAX_ROWS, console, filtered_lines, format_bytes, knobs, printable, table
 
 __all__ = ["diff_summary", "render_diff"]
 
@@ -77,6 +77,7 @@ def _side(run: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "complete": not (holes["ranges"] or holes["images"]),
         "saved_bytes": summary["merges"]["saved_bytes"],
         "volatile": summary["pages"]["volatile"],
+        "filtered": summary["filtered"],
         "settings": summary["settings"],
     }
 
@@ -99,6 +100,8 @@ def render_diff(found: Mapping[str, Any], out: TextIO) -> None:
     for name, side in (("A", a), ("B", b)):
         if not side["complete"]:
             to.out(f"INCOMPLETE: pages of {name} could not be read: what went or came may be what was not read.")
+        for line in filtered_lines(side["filtered"]):
+            to.out(f"{name}: {line}")
         if side["volatile"]:
             to.out(f"{side['volatile']:,} pages of {name} changed between passes: they are in no stable tree.")
     if knobs(a["settings"]) != knobs(b["settings"]):

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from ksmdist.report.markup import counted, embed, escape, paragraph
 from ksmdist.report.page_data import PAGE_TABLES, PageInput, embedded
-from ksmdist.report.sections import GUIDE, incomplete, render_sections
+from ksmdist.report.sections import GUIDE, filtered, incomplete, render_sections
 from ksmdist.report.terminal import format_bytes, headline
 
 __all__ = ["PAGE_TABLES", "PageInput", "render_html"]
@@ -32,6 +32,7 @@ def render_html(page: PageInput, out: TextIO) -> None:
     total = summary["pages"]["total"]
     size = format_bytes(total * page.page_size)
     missing = "".join(paragraph(f"INCOMPLETE: {text}", "warning") for text in incomplete(page))
+    missing += "".join(paragraph(text, "warning") for text in filtered(page))
     out.write(
         Template(_file("page.html")).substitute(
             policy=escape(

@@ -132,6 +132,18 @@ def _run(found: Mapping[str, Any]) -> Iterable[Metric]:
         "Images whose node was not in the cluster.",
         [({}, len(holes["images"]))],
     )
+    yield (
+        "ksmdist_run_images_filtered",
+        "gauge",
+        "Images that are not the whole memory: their producers left pages out.",
+        [({}, len(found["filtered"]))],
+    )
+    yield (
+        "ksmdist_excluded_pages",
+        "gauge",
+        "Pages that producers' filters left out, as far as images say.",
+        [({}, sum(image["excluded"] for image in found["filtered"]))],
+    )
     yield "ksmdist_unreadable_pages", "gauge", "Pages that could not be read.", [({}, holes["pages"])]
     yield (
         "ksmdist_same_filled_pages",

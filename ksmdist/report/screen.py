@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, TextIO
 
-from ksmdist.report.terminal import format_bytes, knobs, percent, printable
+from ksmdist.report.terminal import filtered_lines, format_bytes, knobs, percent, printable
 
 __all__ = ["render_summary", "what_it_is"]
 
@@ -37,6 +37,8 @@ def render_summary(found: Mapping[str, Any], out: TextIO) -> None:
 
 def _lines(found: Mapping[str, Any]) -> list[str]:
     lines = _wrapped(found["headline"] + ("" if found["complete"] else " INCOMPLETE: see below."))
+    for line in filtered_lines(found["filtered"]):
+        lines += _wrapped(line)
     lines += _savings(found["savings"], found["settings"]["page_size"])
     lines.append("")
     lines += _side_by_side(_spectrum(found["spectrum_buckets"]), _policy(found["policy"]))

@@ -8,8 +8,9 @@ from typing import Any
 from ksmdist.report import page_findings, page_predictions
 from ksmdist.report.markup import counted, listed, paragraph, plain, section, table
 from ksmdist.report.page_data import PageInput
+from ksmdist.report.terminal import filtered_lines
 
-__all__ = ["GUIDE", "incomplete", "render_sections"]
+__all__ = ["GUIDE", "filtered", "incomplete", "render_sections"]
 
 _LISTED = 100  # rows of a list that grows with the input; the rest is in the run directory
 
@@ -66,6 +67,11 @@ def incomplete(page: PageInput) -> list[str]:
     return missing
 
 
+def filtered(page: PageInput) -> list[str]:
+    """Which images are not the whole memory, as sentences; none where all are."""
+    return [plain(line, None) for line in filtered_lines(page.manifest["summary"]["filtered"])]
+
+
 def render_sections(page: PageInput) -> str:
     """All sections in the order of the page, as markup."""
     return "".join(
@@ -92,7 +98,7 @@ def render_sections(page: PageInput) -> str:
 
 def _holes(page: PageInput) -> str:
     holes = page.tables["holes"]
-    parts = [paragraph(text, "warning") for text in incomplete(page)]
+    parts = [paragraph(text, "warning") for text in [*incomplete(page), *filtered(page)]]
     if not len(holes):
         parts.append(paragraph("No holes: every page that should be in the images was read."))
     else:

@@ -45,6 +45,7 @@ def summarize(
             name: summary[name]
             for name in ("pages", "kinds", "contents", "merges", "physical", "estimate", "settings", "holes")
         },
+        "filtered": summary["filtered"],
         "counters": counters,
         "savings": _savings(tables[POLICY.name]),
         "policy": tables[POLICY.name].to_pylist(),

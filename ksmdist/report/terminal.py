@@ -15,12 +15,14 @@ __all__ = [
     "console",
     "counter_table",
     "estimate_line",
+    "filtered_lines",
     "format_bytes",
     "headline",
     "knobs",
     "printable",
     "process_table",
     "render",
+    "render_filtered",
     "still_line",
     "table",
     "zero_line",
@@ -28,6 +30,8 @@ __all__ = [
 
 MAX_ROWS = 20
 """Rows of a table that grows with the input; the rest is in the run directory."""
+
+_NAMED = 3  # of many images
 
 
 def format_bytes(nbytes: float) -> str:
@@ -175,6 +179,29 @@ def process_table(processes: Sequence[Mapping[str, Any]]) -> Table:
     return shown
 
 
+def filtered_lines(filtered: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each way in which producers of images left pages out; none where all images are whole.
+
+    filtered: image_id, filter_level and excluded (pages) of each such image, as key `filtered` of a run's summary.
+    """
+    by_level: dict[str, list[Mapping[str, Any]]] = {}
+    for image in filtered:
+        by_level.setdefault(image["filter_level"], []).append(image)
+    lines = []
+    for level, images in by_level.items():
+        names = ", ".join(printable(image["image_id"], 40) for image in images[:_NAMED])
+        more = f" and {len(images) - _NAMED:,} more" if len(images) > _NAMED else ""
+        pages = sum(image["excluded"] for image in images)
+        known = f" ({pages:,} pages)" if pages else ""
+        lines.append(f"FILTERED: {names}{more}: {printable(level)}{known}; what is counted is not the whole memory.")
+    return lines
+
+
+def render_filtered(filtered: Sequence[Mapping[str, Any]], out: TextIO) -> None:
+    """Print filtered_lines()."""
+    out.writelines(f"{line}\n" for line in filtered_lines(filtered))
+
+
 def render(
     summary: Mapping[str, Any],
     images: pa.Table,
@@ -189,6 +216,8 @@ def render(
     pages, settings = summary["pages"], summary["settings"]
     incomplete = summary["holes"]["ranges"] or summary["holes"]["images"]
     to.out(headline(summary) + (" INCOMPLETE: see below." if incomplete else ""))
+    for line in filtered_lines(summary["filtered"]):
+        to.out(line)
     to.print()
     left = table("pages", header=False)
     left.add_column()

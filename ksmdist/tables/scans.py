@@ -139,8 +139,9 @@ MEMORY_IMAGE = Table(
         Key("ksmdist.pass", "number of the pass, where one image is taken several times, decimal", "0"),
         Key(
             "ksmdist.source",
-            'what it was made from, a JSON object {"format", "producer", "filter_level"}; filter_level names what '
-            "the producer left out, empty if nothing",
+            'what it was made from, a JSON object {"format", "producer", "filter_level", "pages_excluded", "span", '
+            '"caveats"}; filter_level names what the producer left out, empty if nothing; pages_excluded: of '
+            "pages_absent, those; span: size of a raw file, 0 of others; caveats: what its counts do not show",
             "{}",
         ),
         Key("ksmdist.pages_absent", "pages of the address space that have no row, decimal", "0"),
@@ -442,7 +443,7 @@ CHECKSUMS = Table(
 
 IMAGES = Table(
     name="images",
-    version=3,
+    version=4,
     doc="A row for each image: its pages by class and kind, and what it shares.",
     file="images.parquet",
     sort=("scan_order",),
@@ -456,11 +457,18 @@ IMAGES = Table(
         Column("image_id", pa.string(), "name of the image, unique in the run"),
         Column("kind", pa.string(), "guest | process | container | kernel"),
         Column("format", pa.string(), "format it was read from"),
+        Column("producer", pa.string(), "what wrote the image, as far as it says; empty if unknown"),
+        Column(
+            "filter_level",
+            pa.string(),
+            "what the producer left out or made up, so that the counts are not of the whole memory; empty if nothing",
+        ),
         Column("host", pa.string(), "host it was taken on, empty if unknown"),
         Column("tenant", pa.string(), "its owner, empty if unknown"),
         pages("total", "pages present and read: the sum of the classes below"),
         Column("bytes", pa.int64(), "total, in bytes", unit="bytes"),
         pages("absent", "pages with no bytes in the image: never touched, left out by the dump, a hole in the file"),
+        pages("excluded", "of the absent ones, pages that the producer's filter left out, as far as the image says"),
         pages(
             "unreadable",
             "pages that should be in the image but could not be read: the sum over its holes; null if the whole image "
@@ -477,7 +485,7 @@ IMAGES = Table(
 
 HOLES = Table(
     name="holes",
-    version=2,
+    version=3,
     doc="A row for each range of addresses that should be in an image but could not be read.",
     file="holes.parquet",
     sort=("image_id", "address"),
@@ -489,7 +497,8 @@ HOLES = Table(
             "reason",
             pa.string(),
             "truncated: the file ends before it | unreadable: reading it failed | partial_page: the image has only "
-            "some of the page's bytes | no_node: the node that has the image is not in the cluster",
+            "some of the page's bytes | damaged: its bytes cannot be unpacked | missing: another file that has it is "
+            "not there | no_node: the node that has the image is not in the cluster",
         ),
     ),
 )

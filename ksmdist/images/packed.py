@@ -1,0 +1,295 @@
+"""Compressed files, unpacked as they are read, forwards: gzip, zstd, xz, lz4. Nothing is written anywhere.
+
+Sequential reading goes on where the last one ended; what lies before starts again at the frame it is in, or at the
+start. Raises ImageError: damaged or truncated data where the size is not known, more bytes than a file says it
+holds or than MOST_BYTES. Memory: one piece, and the decompressor's window, 128 MiB at most.
+
+Formats: RFC 1952 (gzip), RFC 8878 (zstd), the .xz file format 1.2, LZ4 frame format 1.6.
+"""
+
+from __future__ import annotations
+
+import lzma
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+
+from ksmdist.errors import ImageError
+from ksmdist.images.files import ImageFile, LocalFile
+
+__all__ = ["MOST_BYTES", "PackedFile", "codec_of"]
+
+MOST_BYTES = 1 << 44
+"""Most bytes a compressed file may hold: 16 TiB, what x86-64 addressed with four levels of tables."""
+
+_PIECE = 1 << 20  # unpacked at a time
+_PIECES_AHEAD = 4
+_FED = 1 << 18  # of the file, to the decompressor
+_FED_STORED = 8 << 20  # of an object, for which each read is a request
+_MOST_INDEX = 1 << 24  # bytes of an xz file's index: two million blocks
+_WINDOW = 1 << 27  # most memory of a decompressor: what `zstd -d` and `xz -9` take without being told
+_MAGIC = {"gzip": b"\x1f\x8b\x08", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\0", "lz4": b"\x04\x22\x4d\x18"}
+_ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
+_Damage = (OSError, EOFError, ValueError, lzma.LZMAError)
+
+
+def codec_of(head: bytes) -> str:
+    """How a file is compressed, by its first bytes; "" if it is not."""
+    if len(head) >= 4 and int.from_bytes(head[:4], "little") in _ZSTD_SKIPPABLE:
+        return "zstd"  # pzstd and the seekable format begin so
+    return next((codec for codec, magic in _MAGIC.items() if head.startswith(magic)), "")
+
+
+class PackedFile:
+    """What a compressed file holds, as a file.
+
+    codec: of codec_of(); unpacked: bytes it holds, where that was counted before, else 0.
+    """
+
+    def __init__(self, file: ImageFile, codec: str, unpacked: int = 0) -> None:
+        self._file = file
+        self._codec = codec
+        self.path = file.path
+        self.fingerprint = file.fingerprint
+        self.disk_nbytes = file.disk_nbytes
+        self._starts: list[tuple[int, int]] = [(0, 0)]  # (byte, byte in the file) of frames that stand for themselves
+        self._pieces: Iterator[memoryview] = iter(())
+        self._left = memoryview(b"")
+        self._at = -1  # byte that self._left begins with; -1: nothing was begun
+        self._damaged: list[int] = []  # bytes that could not be unpacked, nor what follows in their frames
+        self.nbytes = unpacked or self._known() or self._counted()
+        self.unpacked = self.nbytes
+        if self.nbytes > MOST_BYTES:
+            raise ImageError(f"holds more than {MOST_BYTES} bytes", self.path, "unpack it, and scan that")
+
+    def close(self) -> None:
+        """Let it go."""
+        self._pieces, self._left = iter(()), memoryview(b"")
+        self._file.close()
+
+    def data_extents(self) -> np.ndarray:
+        """Byte ranges that are not holes: int64[n, 2]. A compressed file knows of no holes."""
+        return np.array([(0, self.nbytes)] if self.nbytes else [], np.int64).reshape(-1, 2)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes from `offset` on: `nbytes`, or as many as can be unpacked."""
+        end = min(offset + nbytes, self.nbytes)
+        if offset >= end:
+            return b""
+        start, at = max(known for known in self._starts if known[0] <= offset)
+        end = min([end, *(byte for byte in self._damaged if byte >= start)])
+        if offset >= end:
+            return b""
+        if not start <= self._at <= offset:
+            self._pieces, self._left, self._at = _ahead(self._unpack(at)), memoryview(b""), start
+        found: list[bytes | memoryview] = []
+        try:
+            while self._at < end:
+                if not self._left:
+                    self._left = next(self._pieces)
+                    continue
+                wanted = self._left[max(0, offset - self._at) : end - self._at]
+                if wanted:
+                    found.append(wanted)
+                used = min(len(self._left), end - self._at)
+                self._left, self._at = self._left[used:], self._at + used
+            if end == self.nbytes and (self._left or any(self._pieces)):
+                raise ImageError("holds more bytes than it says", self.path, "take it again, or unpack it")
+        except (StopIteration, *_Damage):
+            self._damaged.append(self._at)
+            self._at = -1
+        return bytes(found[0]) if len(found) == 1 else b"".join(found)
+
+    def _unpack(self, at: int) -> Iterator[memoryview]:
+        """Pieces of what is held from the frame at byte `at` of the file on. Raises _Damage."""
+        if self._codec == "gzip":
+            return _gunzip(self._file, at)
+        if self._codec == "xz":
+            return _unxz(self._file, at)
+        return _decompressed(self._file, at, self._codec)
+
+    def _counted(self) -> int:
+        """Bytes in it, by unpacking it once; raises ImageError where it is damaged."""
+        total = 0
+        try:
+            for piece in self._unpack(0):
+                total += len(piece)
+                if total > MOST_BYTES:
+                    break
+        except _Damage as error:
+            said = " ".join(str(error).split())[:200]
+            raise ImageError(
+                f"is {self._codec}-compressed, and damaged or truncated after {total} bytes unpacked: {said}",
+                self.path,
+                "copy it again; what can be unpacked of it may be scanned as a file of its own",
+            ) from None
+        return total
+
+    def _known(self) -> int:
+        """Bytes in it as the file says itself; 0 where it does not say."""
+        if self._codec == "zstd" and isinstance(self._file, LocalFile):
+            return self._zstd_frames()
+        if self._codec == "xz":
+            return _xz_size(self._file)
+        return 0
+
+    def _zstd_frames(self) -> int:
+        """Find the frames by the headers of their blocks; the sum of their sizes, 0 where one does not say."""
+        at, total, starts = 0, 0, []
+        while at < self._file.nbytes:
+            head = self._file.read(at, 18)
+            if int.from_bytes(head[:4], "little") in _ZSTD_SKIPPABLE and len(head) >= 8:
+                at += 8 + int.from_bytes(head[4:8], "little")
+                continue
+            if not head.startswith(_MAGIC["zstd"]) or len(head) < 6:
+                return 0
+            said = head[4]
+            single, size_code = said >> 5 & 1, said >> 6
+            size_at = 5 + (not single) + (0, 1, 2, 4)[said & 3]
+            size_bytes = (single, 2, 4, 8)[size_code]
+            if not size_bytes or len(head) < size_at + size_bytes:
+                return 0
+            size = int.from_bytes(head[size_at : size_at + size_bytes], "little") + 256 * (size_code == 1)
+            starts.append((total, at))
+            total += size
+            block = at + size_at + size_bytes
+            last = False
+            while not last:
+                header = int.from_bytes(self._file.read(block, 3).ljust(3, b"\xff"), "little")
+                last, kind, length = bool(header & 1), header >> 1 & 3, header >> 3
+                if kind == 3:
+                    return total if block >= self._file.nbytes else 0  # cut off: what there is can still be read
+                block += 3 + (1 if kind == 1 else length)
+            at = block + 4 * (said >> 2 & 1)
+        self._starts = starts or self._starts
+        return total
+
+
+class _Feed:
+    """The bytes of a file from `at` on, as pyarrow reads a Python file."""
+
+    closed = False
+
+    def __init__(self, file: ImageFile, at: int) -> None:
+        self._file, self._at = file, at
+        self._ahead = _FED if isinstance(file, LocalFile) else _FED_STORED
+        self._left = memoryview(b"")
+
+    def read(self, nbytes: int = -1) -> bytes:
+        if not self._left:
+            self._left = memoryview(self._file.read(self._at, self._ahead))
+            self._at += len(self._left)
+        wanted = len(self._left) if nbytes < 0 else nbytes
+        data, self._left = bytes(self._left[:wanted]), self._left[wanted:]
+        return data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _ahead(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The pieces, the next ones unpacked by a thread while one is used: decompressors let the interpreter go."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ksmdist-unpack")
+    try:
+        coming = deque(pool.submit(next, pieces, None) for _ in range(_PIECES_AHEAD))
+        while (piece := coming.popleft().result()) is not None:
+            coming.append(pool.submit(next, pieces, None))
+            yield piece
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _gunzip(file: ImageFile, at: int) -> Iterator[memoryview]:
+    """The members of a gzip file; zeros after the last are a tape's padding."""
+    from isal import isal_zlib  # here, and not above: few files need it
+
+    feed = _Feed(file, at)
+    data = feed.read(_FED)
+    while data:
+        unpack = isal_zlib.decompressobj(wbits=31)
+        while not unpack.eof:
+            data = data or feed.read(_FED)
+            if not data:
+                raise EOFError("it ends within a gzip member")
+            try:
+                piece = unpack.decompress(data, _PIECE)
+            except isal_zlib.error as error:  # type: ignore[misc]  # its stubs have it as a type of any kind
+                raise ValueError(error) from None
+            data = unpack.unconsumed_tail
+            if piece:
+                yield memoryview(piece)
+        data = unpack.unused_data.lstrip(b"\0") or feed.read(_FED).lstrip(b"\0")
+
+
+def _unxz(file: ImageFile, at: int) -> Iterator[memoryview]:
+    """The streams of an xz file, which may have zeros between them."""
+    feed = _Feed(file, at)
+    data = feed.read(_FED)
+    while data:
+        unpack = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_WINDOW)
+        while not unpack.eof:
+            if unpack.needs_input and not data:
+                data = feed.read(_FED)
+                if not data:
+                    raise EOFError("it ends within an xz stream")
+            piece = unpack.decompress(data, _PIECE)
+            data = b""
+            if piece:
+                yield memoryview(piece)
+        data = unpack.unused_data.lstrip(b"\0") or feed.read(_FED).lstrip(b"\0")
+
+
+def _decompressed(file: ImageFile, at: int, codec: str) -> Iterator[memoryview]:
+    """The frames of a zstd or lz4 file."""
+    stream = pa.CompressedInputStream(pa.PythonFile(_Feed(file, at), "r"), codec)
+    # Not read(): where that raises, pyarrow keeps its buffer for ever.
+    while len(piece := stream.read_buffer(_PIECE)):
+        yield memoryview(piece)
+
+
+def _xz_size(file: ImageFile) -> int:
+    """Bytes in an xz file by the indexes at the ends of its streams; 0 where they are not what they should be."""
+    end, total = file.nbytes, 0
+    while end >= 32:
+        footer = file.read(end - 12, 12)
+        if footer == bytes(12) or footer.endswith(bytes(4)):  # padding, in fours
+            end -= 4
+            continue
+        if footer[10:] != b"YZ":
+            return 0
+        index_bytes = 4 * (int.from_bytes(footer[4:8], "little") + 1)
+        if index_bytes > min(end - 24, _MOST_INDEX):
+            return 0
+        numbers = _xz_numbers(file.read(end - 12 - index_bytes, index_bytes))
+        packed, unpacked = numbers[0::2], numbers[1::2]
+        total += sum(unpacked)
+        end -= 24 + index_bytes + sum(-(-nbytes // 4) * 4 for nbytes in packed)
+    return total if end == 0 else 0
+
+
+def _xz_numbers(index: bytes) -> list[int]:
+    """Sizes of the blocks in an index, packed and unpacked by turns; none where it is damaged."""
+    numbers: list[int] = []
+    value = shift = 0
+    for byte in index[1:-4]:
+        value |= (byte & 127) << shift
+        shift += 7
+        if not byte & 128:
+            numbers.append(value)
+            value = shift = 0
+        elif shift > 63:
+            return []
+    count = numbers[0] if numbers else 0
+    return numbers[1 : 1 + 2 * count] if index[:1] == b"\0" and 2 * count < len(numbers) else []

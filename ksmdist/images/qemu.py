@@ -1,0 +1,175 @@
+"""Memory that QEMU migrated to a file (`migrate file:`, exec:), with mapped-ram or without, and that `virsh save` did.
+
+Pages of RAM blocks become pages at guest-physical addresses, as in dump-guest-memory; blocks of devices are left out.
+Records of the stream are read by qemu_stream, places of blocks are known by qemu_blocks; mapped-ram has a bitmap and
+then all pages of a block: docs/devel/migration/mapped-ram.rst. A page that was sent again counts as it was last.
+
+Raises ImageError as qemu_stream and libvirt do, and for a stream whose blocks would lie past the end of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ksmdist.errors import ImageError
+from ksmdist.images.base import NEVER_TOUCHED, Format, Hole, Image, ImageInfo
+from ksmdist.images.extents import FILLED, Extents, extent_image
+from ksmdist.images.files import ImageFile
+from ksmdist.images.libvirt import LIBVIRT, SavedDomain, saved_domain
+from ksmdist.images.qemu_blocks import Part, is_device, placed
+from ksmdist.images.qemu_stream import MAGIC, MappedBlock, RamStream, read_stream
+from ksmdist.images.scattered import PageRuns, joined, scattered_image
+
+__all__ = ["QEMU"]
+
+_BITMAP_BYTES = 1 << 20  # of a bitmap, read and looked at together
+_MOST_HOLES = 1 << 20  # migration begins with all pages in order: what is cut off has few
+_MOST_ADDRESS = 1 << 62
+_LONG_RUNS = 256  # pages: where runs are longer on average they are mapped, which copies nothing
+_FREE = "pages that the guest had said are free, or memory that was unplugged, are not in it"
+_SHARED = "RAM in files that are shared is not in it (x-ignore-shared)"
+
+
+def _open(file: ImageFile, page_size: int) -> Image:
+    saved = SavedDomain(file, 0, "", True)
+    libvirt = file.read(0, 16).startswith(LIBVIRT)
+    if libvirt:
+        saved = saved_domain(file)
+    file = saved.file
+    stream = read_stream(file, saved.start, page_size)
+    parts = placed(stream.machine, stream.blocks)
+    if not parts:
+        raise ImageError("has no RAM but of devices", file.path, "migrate the guest to a file again")
+    if any(part.address + part.end - part.start > _MOST_ADDRESS for part in parts):
+        raise ImageError("has blocks of RAM past the end of memory", file.path, "migrate the guest to a file again")
+    regions = sorted({part.block for part in parts})
+    shared = {number for number in regions if _is_shared(stream, number)}
+    if len(shared) == len(regions):
+        raise ImageError(
+            "has no RAM in it: it is in files that were shared, and left out with x-ignore-shared",
+            file.path,
+            "scan the files of its memory backends (mem-path), as raw images",
+        )
+    runs, gaps = _pages(file, stream, parts, regions)
+    holes: list[Hole] = []
+    absent = 0
+    for part, some in zip(parts, gaps, strict=True):
+        if stream.ended and not stream.mapped and part.block not in shared:
+            absent += int((some[:, 1] - some[:, 0]).sum())
+            continue
+        if len(holes) + len(some) > _MOST_HOLES:
+            raise ImageError(
+                f"is cut off, and what it has lies in more than {_MOST_HOLES} pieces",
+                file.path,
+                "copy it again, or migrate the guest to a file again",
+            )
+        reason = "missing" if part.block in shared else "truncated"
+        holes += [Hole(start * page_size, end - start, reason) for start, end in some.tolist()]
+    left_out = [text for text, true in ((_FREE, absent), (_SHARED, shared)) if true]
+    info = ImageInfo.of(
+        file,
+        "qemu",
+        "guest",
+        page_size,
+        runs.pages,
+        absent,
+        pages_excluded=absent,
+        filter_level="; ".join(left_out),
+        producer=_producer(stream, saved, libvirt),
+        regions=tuple(stream.blocks[number].name for number in regions),
+        caveats=_caveats(stream, saved, page_size),
+    )
+    if stream.mapped and runs.pages > _LONG_RUNS * len(runs):
+        extents = Extents(runs.page, runs.count, runs.offset, region=runs.region)
+        return extent_image([file], info, extents, tuple(holes))
+    return scattered_image(file, info, runs, tuple(holes))
+
+
+def _producer(stream: RamStream, saved: SavedDomain, libvirt: bool) -> str:
+    if libvirt:
+        return f"libvirt, domain {saved.name}" if saved.name else "libvirt"
+    return f"QEMU ({stream.machine})" if stream.machine else "QEMU"
+
+
+def _caveats(stream: RamStream, saved: SavedDomain, page_size: int) -> tuple[str, ...]:
+    said = [NEVER_TOUCHED]
+    devices = [block for block in stream.blocks if is_device(block.name)]
+    if devices:
+        pages = sum(block.nbytes for block in devices) // page_size
+        names = ", ".join(block.name for block in devices[:8]) + (", ..." if len(devices) > 8 else "")
+        said.append(f"{pages} pages of devices ({names}) are left out, though KSM could merge them too")
+    if not saved.ended:
+        said.append("libvirt had not ended saving it: the domain's memory may not all be in it")
+    if not stream.ended and stream.left:
+        said.append(f"it is cut off: {stream.left // page_size} more pages, of blocks that it does not name, are lost")
+    return tuple(said)
+
+
+def _is_shared(stream: RamStream, number: int) -> bool:
+    """Whether a block was left out because other processes share it: then no page of it is in the file."""
+    if "x-ignore-shared" not in stream.capabilities:
+        return False
+    if stream.mapped:
+        return stream.mapped[number] == MappedBlock(0, 0)
+    block = stream.blocks[number]
+    return stream.ended and not len(stream.records.cut(block.key, block.key + block.nbytes // stream.page_size))
+
+
+def _pages(
+    file: ImageFile, stream: RamStream, parts: Sequence[Part], regions: Sequence[int]
+) -> tuple[PageRuns, list[np.ndarray]]:
+    """The pages of all parts at their addresses, ascending; and of each part what has none: ranges of pages."""
+    size = stream.page_size
+    found: list[PageRuns] = []
+    gaps: list[np.ndarray] = []
+    mapped: dict[int, PageRuns] = {}
+    for part in parts:
+        first, last, page = part.start // size, part.end // size, part.address // size
+        block, region = stream.blocks[part.block], regions.index(part.block)
+        if stream.mapped:
+            if part.block not in mapped:
+                mapped[part.block] = _mapped(file, stream, part.block)
+            runs = mapped[part.block].cut(first, last).moved(page - first, region)
+        else:
+            runs = stream.records.cut(block.key + first, block.key + last)
+            runs = runs.moved(page - first - block.key, region)
+        found.append(runs)
+        gaps.append(runs.gaps(page, page + last - first))
+    return joined(found), gaps
+
+
+def _mapped(file: ImageFile, stream: RamStream, number: int) -> PageRuns:
+    """The pages of a block of mapped-ram, numbered from its start on.
+
+    A bit that is clear is a page of zeros, or one that was never touched; where RAM has not ended it says nothing,
+    since the bitmaps are written last (ram_save_file_bmap).
+    """
+    size, where = stream.page_size, stream.mapped[number]
+    if where == MappedBlock(0, 0):
+        return joined([])
+    pages = min(stream.blocks[number].nbytes, max(0, file.nbytes - where.pages)) // size
+    found: list[PageRuns] = []
+    for at in range(0, pages, 8 * _BITMAP_BYTES):
+        count = min(pages - at, 8 * _BITMAP_BYTES)
+        raw = np.frombuffer(file.read(where.bitmap + at // 8, -(-count // 8)), np.uint8)
+        bits = np.unpackbits(raw, bitorder="little")[:count]
+        cuts = np.flatnonzero(bits[1:] != bits[:-1]) + 1
+        first = np.concatenate(([0], cuts)) if len(bits) else cuts
+        lengths = np.diff(np.append(first, len(bits)))
+        there = bits[first] != 0
+        page = first + at
+        runs = PageRuns(
+            page,
+            lengths,
+            np.where(there, where.pages + page * size, FILLED),
+            np.where(there, size, 0),
+            np.zeros(len(page), np.int32),
+        )
+        found.append(runs if stream.ended else runs.take(there))
+    return joined(found)
+
+
+QEMU = Format("qemu", lambda head: head.startswith((MAGIC, *LIBVIRT)), _open)
+"""QEMU's migration streams, and libvirt's saved domains."""

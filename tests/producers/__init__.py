@@ -1,0 +1,1 @@
+"""Real producers of images: what they need, and how they are driven."""
