@@ -178,11 +178,11 @@ def random_pages(rng: np.random.Generator, count: int) -> list[bytes]:
     return [rng.bytes(PAGE) for _ in range(count)]
 
 
-def unavailable(reason: str) -> None:
-    """Skip a test that needs KSM, or root; fail it where KSMDIST_FORCE_KERNEL is 1."""
-    if os.environ.get("KSMDIST_FORCE_KERNEL") == "1":
+def unavailable(reason: str, force: str = "KSMDIST_FORCE_KERNEL") -> None:
+    """Skip a test that needs KSM, root or what `force` names; fail it where the environment has that as 1."""
+    if os.environ.get(force) == "1":
         pytest.fail(reason)
-    pytest.skip(f"{reason}; KSMDIST_FORCE_KERNEL=1 makes this a failure")
+    pytest.skip(f"{reason}; {force}=1 makes this a failure")
 
 
 @pytest.fixture

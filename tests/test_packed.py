@@ -24,7 +24,7 @@ from ksmdist.images.files import LocalFile
 from ksmdist.images.packed import PackedFile, codec_of
 from ksmdist.settings import Settings
 
-from .conftest import PAGE, ZERO, elf_core, page, table_files
+from .conftest import PAGE, ZERO, elf_core, page, table_files, unavailable
 from .readers import exercise, pages_of
 
 
@@ -176,6 +176,7 @@ def test_reading_back_and_forth(tmp_path: Path) -> None:
     file.close()
 
 
+@pytest.mark.producers
 @pytest.mark.parametrize(
     ("tool", "options"),
     [
@@ -188,7 +189,7 @@ def test_reading_back_and_forth(tmp_path: Path) -> None:
 )
 def test_what_the_tools_write(tmp_path: Path, tool: str, options: tuple[str, ...]) -> None:
     if shutil.which(tool) is None:
-        pytest.skip(f"{tool} is not installed")
+        unavailable(f"{tool} is not installed: run tests/producers/install.sh", "KSMDIST_FORCE_PRODUCERS")
     path = tmp_path / "x.raw"
     path.write_bytes(RAW)
     done = subprocess.run([tool, *options, "-c", str(path)], capture_output=True, check=True, timeout=60)

@@ -25,6 +25,7 @@ from ksmdist import images
 from ksmdist.columns import values
 from ksmdist.images import Hole, ImageInfo
 
+from . import conftest
 from .conftest import PAGE
 from .producers.guest import CACHE, Guest, emulators, pages_written
 from .targets import NOHUGE, Start, linux
@@ -39,9 +40,7 @@ ROM, ROM_PAGES = 0xFFFC0000, 64
 
 def unavailable(reason: str) -> None:
     """Skip a test that needs real producers; fail it where KSMDIST_FORCE_PRODUCERS is 1."""
-    if os.environ.get("KSMDIST_FORCE_PRODUCERS") == "1":
-        pytest.fail(f"{reason}: run {INSTALL}")
-    pytest.skip(f"{reason}: run {INSTALL}; KSMDIST_FORCE_PRODUCERS=1 makes this a failure")
+    conftest.unavailable(f"{reason}: run {INSTALL}", "KSMDIST_FORCE_PRODUCERS")
 
 
 def needs(*programs: str) -> None:

@@ -6,6 +6,7 @@ S3 against a real server process on loopback, through a proxy that breaks.
 from __future__ import annotations
 
 import functools
+import gzip
 import itertools
 import os
 import pickle
@@ -579,3 +580,14 @@ def no_thread_is_left() -> Iterator[None]:
     while any(thread.name.startswith("ksmdist-store") for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_compressed_object(s3: Proxy, hasty: stores.Rules, tmp_path: Path) -> None:
+    path = raw_image(tmp_path / "x.raw", 300)
+    s3.server.put("x.raw.gz", gzip.compress(path.read_bytes()))
+    image = images.open_image(s3.uri("x.raw.gz"))
+    assert contents(image.batches(0, 300)) == path.read_bytes()
+    s3.server.put("x.raw.gz", gzip.compress(raw_image(tmp_path / "x.raw", 300, 2).read_bytes()))
+    with pytest.raises(ImageError, match=r"changed while it was scanned|cannot be read"):
+        list(image.batches(0, 300))
+    image.close()

@@ -28,6 +28,7 @@ __all__ = [
     "check_forward",
     "content_array",
     "extent_image",
+    "find_in_runs",
     "populate",
     "read_rows",
 ]
@@ -112,6 +113,21 @@ def content_array(data: pa.Buffer, count: int, page_size: int) -> pa.Array:
     return pa.BinaryArray.from_buffers(pa.binary(), count, [None, pa.py_buffer(offsets), data])
 
 
+def find_in_runs(page: np.ndarray, count: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Numbers of pages among those of runs, int64[n], -1 for those of none.
+
+    page, count: int64[runs], ascending and disjoint; wanted: uint64[n], page numbers of the address space
+    """
+    if len(page) == 0:
+        return np.full(len(wanted), -1, np.int64)
+    asked = wanted.astype(np.int64)
+    run = np.searchsorted(page, asked, side="right") - 1
+    inside = run >= 0
+    run = np.maximum(run, 0)
+    at = asked - page[run]
+    return np.where(inside & (at < count[run]), np.cumsum(count)[run] - count[run] + at, -1)
+
+
 class _Run(NamedTuple):
     """`pages` pages of extent `extent`, from its page `first` on."""
 
@@ -142,15 +158,7 @@ class _ExtentPages:
 
     def find(self, address: np.ndarray) -> np.ndarray:
         """See Image.find."""
-        extents = self._extents
-        page = (address // np.uint64(self.info.page_size)).astype(np.int64)
-        run = np.searchsorted(extents.page, page, side="right") - 1
-        if len(extents) == 0:
-            return np.full(len(address), -1, np.int64)
-        inside = run >= 0
-        run = np.maximum(run, 0)
-        at = page - extents.page[run]
-        return np.where(inside & (at < extents.count[run]), self._ends[run] - extents.count[run] + at, -1)
+        return find_in_runs(self._extents.page, self._extents.count, address // np.uint64(self.info.page_size))
 
     def _runs(self, start: int, end: int) -> Iterator[_Run]:
         """The runs that make up pages [start, end)."""
@@ -340,15 +348,22 @@ class PackedExtentImage(_ExtentPages):
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Pages [start, end) by address, copied; what cannot be unpacked is a hole."""
-        for block in self._blocks(start, end, max(1, _UNPACKED_BYTES // self.info.page_size)):
-            yield from self._read(block)
+        yield from self._each(self._blocks(start, end, max(1, _UNPACKED_BYTES // self.info.page_size)))
 
     def take(self, pages: np.ndarray) -> Iterator[pa.RecordBatch | Hole]:
         """See Image.take."""
         most = max(1, _UNPACKED_BYTES // self.info.page_size)
-        for at in range(0, len(pages), most):
-            some = runs_of(pages[at : at + most])
-            yield from self._read([run for span in some for run in self._runs(*span)])
+        parts = (runs_of(pages[at : at + most]) for at in range(0, len(pages), most))
+        yield from self._each([run for span in some for run in self._runs(*span)] for some in parts)
+
+    def _each(self, blocks: Iterator[list[_Run]]) -> Iterator[pa.RecordBatch | Hole]:
+        read = False
+        for block in blocks:
+            read = True
+            yield from self._read(block)
+        if read:
+            for file in self._files:
+                file.checked()
 
     def _read(self, runs: list[_Run]) -> Iterator[pa.RecordBatch | Hole]:
         size = self.info.page_size

@@ -47,6 +47,9 @@ class ImageFile(Protocol):
     def data_extents(self) -> np.ndarray:
         """Byte ranges that are not holes: int64[n, 2], ascending."""
 
+    def checked(self) -> None:
+        """Raises ImageError if it is not what was opened, where that can only be asked for: of an object in a store."""
+
     def close(self) -> None:
         """Let it go."""
 
@@ -96,6 +99,9 @@ class LocalFile:
             position = os.lseek(self.fd, start, os.SEEK_HOLE)
             found.append((start, min(position, self.nbytes)))
         return np.array(found, np.int64).reshape(-1, 2)
+
+    def checked(self) -> None:
+        """Nothing: is_changed() tells."""
 
     def close(self) -> None:
         """Let it go."""

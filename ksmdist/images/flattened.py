@@ -64,6 +64,10 @@ class FlattenedFile:
         runs = joined_ranges(self._offset, self._end).astype(np.int64)
         self._run_start, self._run_end = runs[:, 0].copy(), runs[:, 1].copy()
 
+    def checked(self) -> None:
+        """As of the file it is in."""
+        self._file.checked()
+
     def close(self) -> None:
         """Let it go."""
         self._file.close()

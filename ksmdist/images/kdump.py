@@ -96,6 +96,8 @@ class KdumpImage:
         if len(stored) < len(self._stored):
             for block in blocks:
                 yield from self._block(block, None)
+            for piece in self._pieces:
+                piece.file.checked()
             return
         for found in stored[0].in_order(functools.partial(self._block, block) for block in blocks):
             yield from found

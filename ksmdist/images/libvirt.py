@@ -48,6 +48,10 @@ class WindowFile:
         data = np.maximum(self._file.data_extents() - self._start, 0)
         return np.asarray(data[data[:, 1] > 0], np.int64)
 
+    def checked(self) -> None:
+        """As of the file it is in."""
+        self._file.checked()
+
     def close(self) -> None:
         """Let it go."""
         self._file.close()

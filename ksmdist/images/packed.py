@@ -65,6 +65,10 @@ class PackedFile:
         if self.nbytes > MOST_BYTES:
             raise ImageError(f"holds more than {MOST_BYTES} bytes", self.path, "unpack it, and scan that")
 
+    def checked(self) -> None:
+        """As of the file it is in."""
+        self._file.checked()
+
     def close(self) -> None:
         """Let it go."""
         self._pieces, self._left = iter(()), memoryview(b"")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ksmdist.images.files import ImageFile, LocalFile
 from ksmdist.images.stores import StoredFile
 
-__all__ = ["Ended", "StreamBytes", "Window"]
+__all__ = ["Ended", "StreamBytes", "StreamWindow"]
 
 _FIRST_BYTES, _WINDOW_BYTES = 1 << 16, 1 << 22  # what is read at once: it doubles while reading goes on
 
@@ -19,7 +19,7 @@ class Ended(Exception):  # noqa: N818  # no error: what it ends is told by who c
     """The file ends before the bytes that were asked for."""
 
 
-class Window(NamedTuple):
+class StreamWindow(NamedTuple):
     """Some bytes of a file: `data` begins at byte `start` of it, and is good up to the next call of StreamBytes."""
 
     data: memoryview
@@ -35,7 +35,7 @@ class StreamBytes:
     def __init__(self, file: ImageFile, at: int) -> None:
         self._file = file
         self.at = at
-        self._window = Window(memoryview(b""), at)
+        self._window = StreamWindow(memoryview(b""), at)
         self._buffer = bytearray()
         self._piece = _FIRST_BYTES
         self._end = -1  # where the last read ended
@@ -75,7 +75,7 @@ class StreamBytes:
             raise Ended
         self.at += nbytes
 
-    def window(self, nbytes: int) -> Window:
+    def window(self, nbytes: int) -> StreamWindow:
         """A window in which the next `nbytes` bytes are, or as many as there are."""
         data, start = self._window
         left = data[max(0, self.at - start) :] if self.at >= start else data[:0]
@@ -85,7 +85,7 @@ class StreamBytes:
             self._piece = min(2 * self._piece, _WINDOW_BYTES) if goes_on else _FIRST_BYTES
             longer = self._longer(left, more, max(self._piece, nbytes - len(left)), goes_on)
             self._end = self.at + len(longer)
-            self._window = Window(longer, self.at)
+            self._window = StreamWindow(longer, self.at)
             if len(longer) == len(left):
                 break
             left = longer

@@ -13,7 +13,7 @@ import numpy as np
 from ksmdist.errors import ImageError
 from ksmdist.images.extents import FILLED
 from ksmdist.images.qemu_blocks import RamBlock
-from ksmdist.images.qemu_bytes import Window
+from ksmdist.images.qemu_bytes import StreamWindow
 from ksmdist.images.scattered import PageRuns, RunIndex
 
 __all__ = ["CONTINUE", "PAGE", "ZERO", "PageRecords"]
@@ -45,7 +45,7 @@ class PageRecords:
         self._index_pending()
         return self._index.runs()
 
-    def walk(self, window: Window, at: int) -> int:
+    def walk(self, window: StreamWindow, at: int) -> int:
         """Read the records from byte `at` of the file on that are whole in a window; where they end.
 
         The loop takes 0.4 us a record, a third of what copying its page takes; stretches of one kind are not walked.
@@ -89,7 +89,7 @@ class PageRecords:
         self._hand_over()
         return shift + p
 
-    def _stretch(self, window: Window, p: int, flags: int) -> int:
+    def _stretch(self, window: StreamWindow, p: int, flags: int) -> int:
         """Records from data[p] on, as long as they have these flags; where they end."""
         self._hand_over()
         data, shift = window

@@ -13,6 +13,7 @@ from ksmdist.errors import ImageError
 from ksmdist.images.base import Format, Image, ImageInfo
 from ksmdist.images.extents import Extents, extent_image
 from ksmdist.images.files import ImageFile, LocalFile
+from ksmdist.images.segments import Segments, uncovered
 
 __all__ = ["RAW", "open_layers"]
 
@@ -51,7 +52,9 @@ def open_layers(files: Sequence[ImageFile], page_size: int) -> Image:
     start, end = _present(top, page_size)
     number = np.full(len(start), len(files) - 1, np.int32)
     for lower in range(len(files) - 2, -1, -1):
-        below, below_end = _less(*_present(files[lower], page_size), start, end)
+        first, last = _present(files[lower], page_size)
+        free = uncovered(Segments(first, last, first), Segments(start, end, start))
+        below, below_end = np.array(free, np.int64).reshape(-1, 2).T
         start, end = np.concatenate((start, below)), np.concatenate((end, below_end))
         number = np.concatenate((number, np.full(len(below), lower, np.int32)))
         order = np.argsort(start)
@@ -88,18 +91,6 @@ def _present(file: ImageFile, page_size: int) -> tuple[np.ndarray, np.ndarray]:
         closes = np.concatenate((opens[1:], [True]))
         starts, ends = starts[opens], ends[closes]
     return starts, ends
-
-
-def _less(
-    start: np.ndarray, end: np.ndarray, other_start: np.ndarray, other_end: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """What of ascending, disjoint runs others of that kind do not cover."""
-    edges = np.concatenate((start, end, other_start, other_end))
-    step = np.repeat(np.array([1, -1, -2, 2]), [len(start)] * 2 + [len(other_start)] * 2)
-    order = np.argsort(edges, kind="stable")
-    edges, level = edges[order], np.cumsum(step[order])
-    here = np.flatnonzero((level[:-1] == 1) & (edges[:-1] < edges[1:]))
-    return edges[here], edges[here + 1]
 
 
 def _open(file: ImageFile, page_size: int) -> Image:

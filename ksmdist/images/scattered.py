@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from ksmdist.errors import ImageError
 from ksmdist.images.base import Hole, Image, ImageInfo, joined_ranges, page_batch
-from ksmdist.images.extents import FILLED, Extents, check_forward, content_array
+from ksmdist.images.extents import FILLED, Extents, check_forward, content_array, find_in_runs
 from ksmdist.images.files import ImageFile, LocalFile
 from ksmdist.images.stores import StoredFile
 
@@ -186,15 +186,7 @@ class ScatteredImage:
 
     def find(self, address: np.ndarray) -> np.ndarray:
         """See Image.find."""
-        runs = self._runs
-        page = (address // np.uint64(self.info.page_size)).astype(np.int64)
-        if len(runs) == 0:
-            return np.full(len(address), -1, np.int64)
-        run = np.searchsorted(runs.page, page, side="right") - 1
-        inside = run >= 0
-        run = np.maximum(run, 0)
-        at = page - runs.page[run]
-        return np.where(inside & (at < runs.count[run]), self._ends[run] - runs.count[run] + at, -1)
+        return find_in_runs(self._runs.page, self._runs.count, address // np.uint64(self.info.page_size))
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Pages [start, end) by address, copied."""
@@ -212,6 +204,8 @@ class ScatteredImage:
             return
         for block in blocks:
             yield from self._block(block)
+        if len(pages):
+            self._file.checked()
 
     def _block(self, numbers: np.ndarray, stop: Event | None = None) -> list[pa.RecordBatch | Hole]:
         """The pages with these numbers."""
