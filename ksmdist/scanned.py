@@ -15,7 +15,17 @@ from ksmdist.passes import Compared
 from ksmdist.settings import Settings
 from ksmdist.tables import CLASSES, HOLES, IMAGES, KINDS, PASSED_OVER, REASONS, REGIONS, ZERO_COLORS
 
-__all__ = ["Mapped", "Opened", "Scanned", "as_if_still", "colors_table", "holes_table", "images_table", "regions_table"]
+__all__ = [
+    "Mapped",
+    "Opened",
+    "Scanned",
+    "add_hole",
+    "as_if_still",
+    "colors_table",
+    "holes_table",
+    "images_table",
+    "regions_table",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +135,16 @@ class Mapped:
             scanned.framed[:], scanned.compared = found["framed"], Compared(**found["compared"])
             images[int(name)] = scanned
         return cls(images, [(image, Hole(**hole)) for image, hole in fields["holes"]], fields["pages"])
+
+
+def add_hole(holes: list[tuple[int, Hole]], image: int, hole: Hole, page_size: int) -> None:
+    """Add a hole of an image to a task's, or make the last one longer if it goes on there: a hole comes in blocks."""
+    if holes and holes[-1][0] == image:
+        last = holes[-1][1]
+        if last.reason == hole.reason and last.address + last.pages * page_size == hole.address:
+            holes[-1] = (image, replace(last, pages=last.pages + hole.pages))
+            return
+    holes.append((image, hole))
 
 
 def holes_table(holes: Sequence[tuple[int, Hole]], images: Sequence[Opened], page_size: int) -> pa.Table:

@@ -31,7 +31,7 @@ from ksmdist.images.uris import is_uri
 from ksmdist.pairs import Pairs
 from ksmdist.passes import Compared
 from ksmdist.plan import Combination, Piece, Task
-from ksmdist.scanned import Mapped, Opened, Scanned
+from ksmdist.scanned import Mapped, Opened, Scanned, add_hole
 from ksmdist.settings import Settings
 from ksmdist.tables import HUGE_FRAME, IMAGE_SET, SHARING, STABLE_TREE, WHATS
 from ksmdist.totals import Merged
@@ -182,7 +182,7 @@ def read_shards(region_names: Sequence[str], settings: Settings, scan: Scan) -> 
         image = _reopened(info)
         for item in image.batches(shard.start, shard.end):
             if isinstance(item, Hole):
-                holes.append((shard.image, item))
+                add_hole(holes, shard.image, item, info.page_size)
                 continue
             page = digests.digest_pages(item, info.page_size)
             volatile = None

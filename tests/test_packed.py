@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,12 +43,21 @@ def _sized_zstd(data: bytes) -> bytes:
     return bytes(pa.Codec("zstd").compress(data))  # its frame says how much is in it
 
 
+def _sized_lz4(data: bytes) -> bytes:
+    """With the size in the frame's header, as `lz4 --content-size` writes it (LZ4 frame format 1.6)."""
+    frame = _pyarrow("lz4")(data)
+    descriptor = bytes([frame[4] | 8]) + frame[5:6] + len(data).to_bytes(8, "little")
+    check = xxhash.xxh32_intdigest(descriptor) >> 8 & 0xFF
+    return frame[:4] + descriptor + bytes([check]) + frame[7:]
+
+
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "zstd": _pyarrow("zstd"),
     "sized zstd": _sized_zstd,
     "xz": lzma.compress,
     "lz4": _pyarrow("lz4"),
+    "sized lz4": _sized_lz4,
 }
 PAGES = [page(n) for n in range(30)] + [ZERO] * 20 + [np.random.default_rng(n).bytes(PAGE) for n in range(400)]
 RAW = b"".join(PAGES)
@@ -103,7 +113,7 @@ def test_truncated_at_any_byte(tmp_path: Path, codec: str) -> None:
         if isinstance(found, ImageError):
             continue
         # Where the size is known, what was cut off is holes; nothing may be made up, and nothing be missing.
-        assert codec == "sized zstd", size
+        assert codec in ("sized zstd", "sized lz4"), size
         assert list(found) == [n * PAGE for n in range(40)]
         assert None in found.values()
         assert all(content in (None, EXPECTED[at]) for at, content in found.items())
@@ -117,6 +127,28 @@ def test_a_file_that_holds_more_than_it_says(tmp_path: Path) -> None:
     image = images.open_image(str(path), unpacked=4 * PAGE)  # as if its index lied
     with pytest.raises(ImageError, match="holds more bytes than it says"):
         list(image.batches(0, 4))
+
+
+def test_frames_that_say_their_size_are_not_unpacked_to_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedFile, "_counted", None)
+    for codec in ("sized zstd", "sized lz4", "xz"):
+        pack = PACKERS[codec]
+        skipped = b"" if codec == "xz" else b"\x50\x2a\x4d\x18\3\0\0\0abc"
+        path = tmp_path / "x"
+        path.write_bytes(pack(RAW[: 3 * PAGE]) + skipped + pack(RAW[3 * PAGE : 5 * PAGE]))
+        assert pages_of(path) == {n * PAGE: PAGES[n] for n in range(5)}
+
+
+@pytest.mark.parametrize("lie", [-PAGE, -1, 1, PAGE, 1 << 40])
+def test_a_frame_that_lies_of_its_size(tmp_path: Path, lie: int) -> None:
+    """A claim that is not so is an error, or holes where there is nothing; never fewer pages with nothing said."""
+    whole = bytearray(_sized_lz4(RAW[: 8 * PAGE]))
+    whole[6:14] = (8 * PAGE + lie).to_bytes(8, "little")
+    whole[14] = xxhash.xxh32_intdigest(bytes(whole[4:14])) >> 8 & 0xFF
+    path = tmp_path / "x"
+    path.write_bytes(whole)
+    found = exercise(path)
+    assert isinstance(found, ImageError) or None in found.values()
 
 
 def test_trailing_garbage_is_no_image(tmp_path: Path) -> None:
@@ -184,6 +216,7 @@ def test_reading_back_and_forth(tmp_path: Path) -> None:
         ("zstd", ("-q", "-19", "--long=27")),
         ("xz", ("-0", "-T2", "--block-size=65536")),
         ("lz4", ("-q",)),
+        ("lz4", ("-q", "--content-size", "-BX", "-B4")),
         ("pzstd", ("-q",)),
     ],
 )

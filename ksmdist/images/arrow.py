@@ -21,10 +21,10 @@ import pyarrow as pa
 from ksmdist.columns import codes, present, values
 from ksmdist.errors import ImageError, ImageReadError
 from ksmdist.images import ipc
-from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo, joined_ranges, runs_of
-from ksmdist.images.extents import populate, read_rows
+from ksmdist.images.base import BATCH_BYTES, Format, Hole, Image, ImageInfo, joined_holes, joined_ranges, runs_of
 from ksmdist.images.files import ImageFile, LocalFile
 from ksmdist.images.headers import HINT, image_info
+from ksmdist.images.joined import populate, read_rows
 from ksmdist.images.stores import StoredFile
 from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
 
@@ -50,8 +50,13 @@ class _Rows(ABC):
             return
         if not lost.all():
             yield batch.filter(pa.array(~lost))
-        for address in batch.column("address").to_numpy()[lost].tolist():
-            yield Hole(address, 1, "unreadable")
+        yield from self._holes(batch, lost)
+
+    def _holes(self, batch: pa.RecordBatch, lost: np.ndarray) -> list[Hole]:
+        size = self.info.page_size
+        return joined_holes(
+            (values(batch.column("address"))[lost] // np.uint64(size)).astype(np.int64), size, "unreadable"
+        )
 
     def find(self, address: np.ndarray) -> np.ndarray:
         """See Image.find: by halves to the record batch, then among its addresses."""
@@ -245,8 +250,7 @@ class ArrowImage(_Rows):
         columns.insert(1, pa.BinaryArray.from_buffers(pa.binary(), int(keep.sum()), buffers))
         if keep.any():
             yield pa.RecordBatch.from_arrays(columns, schema=MEMORY_IMAGE.schema)
-        for address in batch.column("address").to_numpy()[~keep].tolist():
-            yield Hole(address, 1, "unreadable")
+        yield from self._holes(batch, ~keep)
 
     def _forget(self, batch: pa.RecordBatch) -> None:
         """Take the pages read out of this process's resident set; they stay in the page cache."""

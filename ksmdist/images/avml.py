@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from ksmdist.errors import ImageError
-from ksmdist.images.base import Format, Hole, Image, ImageInfo
+from ksmdist.images.base import Format, Hole, Image, ImageInfo, joined_holes
 from ksmdist.images.extents import PIECES, Extents, PackedExtentImage, check_forward, content_array
 from ksmdist.images.files import ImageFile
 from ksmdist.images.lime import AVML_ZEROS, HEADER_BYTES, RUNNING, read_header
@@ -189,8 +189,7 @@ class _AvmlImage(PackedExtentImage):
             content = pa.py_buffer(np.frombuffer(content, np.uint8).reshape(-1, size)[keep])
         if keep.any():
             yield self._batch(pages[keep], content_array(content, int(keep.sum()), size), runs, keep)
-        for number in pages[~keep].tolist():
-            yield Hole(number * size, 1, "damaged")
+        yield from joined_holes(pages[~keep], size, "damaged")
 
     def _unpacked(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What these chunks, int64[n], ascending, unpack to, end to end, uint8; bool[n], which could be unpacked."""

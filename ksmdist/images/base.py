@@ -25,6 +25,7 @@ __all__ = [
     "Image",
     "ImageInfo",
     "Pages",
+    "joined_holes",
     "joined_ranges",
     "page_batch",
     "runs_of",
@@ -161,6 +162,11 @@ def runs_of(pages: np.ndarray) -> list[tuple[int, int]]:
         return []
     cuts = np.flatnonzero(np.diff(pages) != 1) + 1
     return [(int(run[0]), int(run[-1]) + 1) for run in np.split(pages, cuts)]
+
+
+def joined_holes(pages: np.ndarray, page_size: int, reason: str) -> list[Hole]:
+    """Holes of pages that cannot be had, int64[n] page numbers, ascending: one of neighbours each."""
+    return [Hole(start * page_size, end - start, reason) for start, end in runs_of(pages)]
 
 
 def joined_ranges(start: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import mmap
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
@@ -14,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from ksmdist.errors import ImageError
-from ksmdist.images.base import BATCH_BYTES, Hole, Image, ImageInfo, joined_ranges, page_batch, runs_of
+from ksmdist.images.base import BATCH_BYTES, Hole, Image, ImageInfo, joined_holes, joined_ranges, page_batch, runs_of
 from ksmdist.images.files import ImageFile, LocalFile
+from ksmdist.images.joined import Stretch, join_pages
+from ksmdist.images.packed import PackedFile
 from ksmdist.images.stores import StoredFile
 
 __all__ = [
@@ -29,12 +29,7 @@ __all__ = [
     "content_array",
     "extent_image",
     "find_in_runs",
-    "populate",
-    "read_rows",
 ]
-
-_MADV_POPULATE_READ = 22  # include/uapi/asm-generic/mman-common.h, Linux 5.14; not named by Python 3.11
-_GATHER_PAGES = 256  # runs shorter than 1 MiB are copied together: a mapping for each costs more
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,43 +63,6 @@ class Extents:
 PIECES = -1
 FILLED = -2
 """Extents.offset of a run full of zeros; FILLED - b of one full of the byte b."""
-
-
-def populate(mapping: mmap.mmap, start: int, nbytes: int) -> bool:
-    """Map these bytes ahead of use; False if some cannot be read, and touching them would be SIGBUS.
-
-    Measured: 250 ns a page hashed from a populated mapping, 370 through pread and a copy.
-    """
-    aligned = start - start % mmap.PAGESIZE
-    try:
-        mapping.madvise(_MADV_POPULATE_READ, aligned, start + nbytes - aligned)
-    except OSError:  # EFAULT, EIO: not readable; EINVAL: a kernel before 5.14, that cannot tell
-        return False
-    return True
-
-
-def read_rows(fd: int, offset: int, count: int, page_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read `count` pages at a byte offset; bytes uint8[n, page_size] of those read, and bool[count] which."""
-    rows = np.zeros((count, page_size), np.uint8)
-    if _pread_into(fd, rows.data.cast("B"), offset):
-        return rows, np.ones(count, bool)
-    readable = np.zeros(count, bool)
-    for index in range(count):  # only where the disk has failed: then each page is asked for alone
-        readable[index] = _pread_into(fd, rows[index].data, offset + index * page_size)
-    return rows[readable], readable
-
-
-def _pread_into(fd: int, target: memoryview, offset: int) -> bool:
-    done = 0
-    try:
-        while done < len(target):
-            n = os.preadv(fd, [target[done:]], offset + done)
-            if n == 0:
-                return False
-            done += n
-    except OSError:
-        return False
-    return True
 
 
 def content_array(data: pa.Buffer, count: int, page_size: int) -> pa.Array:
@@ -220,76 +178,36 @@ class ExtentImage(_ExtentPages):
 
     def batches(self, start: int, end: int) -> Iterator[pa.RecordBatch | Hole]:
         """Pages [start, end) by address; long runs as views of the mapped file, short ones copied."""
-        most = max(1, BATCH_BYTES // self.info.page_size)
-        short: list[_Run] = []
-        short_pages = 0
-        for run in self._runs(start, end):
-            if run.pages < _GATHER_PAGES:
-                short.append(run)
-                short_pages += run.pages
-                if short_pages + _GATHER_PAGES <= most:
-                    continue
-            if short:
-                yield from self._gathered(short)
-                short, short_pages = [], 0
-            if run.pages >= _GATHER_PAGES:
-                for at in range(run.first, run.first + run.pages, most):
-                    yield from self._mapped(_Run(run.extent, at, min(most, run.first + run.pages - at)))
-        if short:
-            yield from self._gathered(short)
+        for block in self._blocks(start, end, max(1, BATCH_BYTES // self.info.page_size)):
+            yield from self._joined(block)
 
     def take(self, pages: np.ndarray) -> Iterator[pa.RecordBatch | Hole]:
-        """See Image.take: copied together, since a batch for each page would cost more than to read it."""
+        """See Image.take: together, since a batch for each page would cost more than to read it."""
         most = max(1, BATCH_BYTES // self.info.page_size)
         for at in range(0, len(pages), most):
             some = runs_of(pages[at : at + most])
-            yield from self._gathered([run for span in some for run in self._runs(*span)])
+            yield from self._joined([run for span in some for run in self._runs(*span)])
 
-    def _mapped(self, run: _Run) -> Iterator[pa.RecordBatch | Hole]:
-        size, nbytes = self.info.page_size, run.pages * self.info.page_size
-        file, offset = self._source(run)
-        if offset < 0:
-            yield from self._gathered([run])
-            return
-        aligned = offset - offset % mmap.ALLOCATIONGRANULARITY
-        delta = offset - aligned
-        try:
-            mapping = mmap.mmap(self._fds[file], delta + nbytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=aligned)
-        except (OSError, ValueError):  # ValueError: the file has become shorter
-            mapping = None
-        if mapping is None or not populate(mapping, delta, nbytes):
-            yield from self._gathered([run])
-            return
-        data = pa.py_buffer(mapping).slice(delta, nbytes)
-        yield self._batch(self._pages([run]), content_array(data, run.pages, size), [run])
-
-    def _gathered(self, runs: list[_Run]) -> Iterator[pa.RecordBatch | Hole]:
+    def _joined(self, runs: list[_Run]) -> Iterator[pa.RecordBatch | Hole]:
         size = self.info.page_size
-        parts, readable = [], []
+        stretches: list[Stretch] = []
         for run in runs:
             file, offset = self._source(run)
-            if offset >= 0:
-                rows, good = read_rows(self._fds[file], offset, run.pages, size)
+            if offset <= FILLED:
+                stretches.append(Stretch(-1, FILLED - offset, run.pages * size))
             elif offset == PIECES:
-                rows, good = self._joined(self._fds[file], self._extents.pieces[run.extent])
+                stretches += [Stretch(self._fds[file], *piece) for piece in self._extents.pieces[run.extent]]
             else:
-                rows, good = np.full((run.pages, size), FILLED - offset, np.uint8), np.ones(run.pages, bool)
-            parts.append(rows)
-            readable.append(good)
-        data, keep, pages = np.concatenate(parts), np.concatenate(readable), self._pages(runs)
-        if len(data):
-            yield self._batch(pages[keep], content_array(pa.py_buffer(data), len(data), size), runs, keep)
-        for page_number in pages[~keep].tolist():
-            yield Hole(page_number * size, 1, "unreadable")
-
-    def _joined(self, fd: int, pieces: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
-        row = np.zeros((1, self.info.page_size), np.uint8)
-        target = row.data.cast("B")
-        at, readable = 0, True
-        for offset, nbytes in pieces:
-            readable = readable and _pread_into(fd, target[at : at + nbytes], offset)
-            at += nbytes
-        return row[: int(readable)], np.array([readable])
+                stretches.append(Stretch(self._fds[file], offset, run.pages * size))
+        data, readable = join_pages(stretches, size)
+        pages = self._pages(runs)
+        if readable.all():
+            yield self._batch(pages, content_array(pa.py_buffer(data), len(pages), size), runs)
+            return
+        if readable.any():
+            rows = np.frombuffer(data, np.uint8).reshape(-1, size)[readable]
+            yield self._batch(pages[readable], content_array(pa.py_buffer(rows), len(rows), size), runs, readable)
+        yield from joined_holes(pages[~readable], size, "unreadable")
 
 
 class StoredExtentImage(_ExtentPages):
@@ -367,18 +285,20 @@ class PackedExtentImage(_ExtentPages):
 
     def _read(self, runs: list[_Run]) -> Iterator[pa.RecordBatch | Hole]:
         size = self.info.page_size
-        parts: list[bytes] = []
+        parts: list[bytes | memoryview] = []
         keep = np.ones(sum(run.pages for run in runs), bool)
         at = 0
         for run in runs:
             file, offset = self._source(run)
             nbytes = run.pages * size
+            data: bytes | memoryview
             if offset <= FILLED:
                 data = bytes([FILLED - offset]) * nbytes
             elif offset == PIECES:
                 data = b"".join(self._files[file].read(*piece) for piece in self._extents.pieces[run.extent])
             else:
-                data = self._files[file].read(offset, nbytes)
+                source = self._files[file]
+                data = source.view(offset, nbytes) if isinstance(source, PackedFile) else source.read(offset, nbytes)
             whole = len(data) // size
             parts.append(data if len(data) == nbytes else data[: whole * size])
             keep[at + whole : at + run.pages] = False
@@ -388,8 +308,7 @@ class PackedExtentImage(_ExtentPages):
             joined = parts[0] if len(parts) == 1 else b"".join(parts)  # a join of one would copy it
             content = content_array(pa.py_buffer(joined), int(keep.sum()), size)
             yield self._batch(pages[keep], content, runs, keep)
-        for page_number in pages[~keep].tolist():
-            yield Hole(page_number * size, 1, "damaged")
+        yield from joined_holes(pages[~keep], size, "damaged")
 
 
 _JUMPS = 64

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from ksmdist.errors import ImageError
-from ksmdist.images.base import Hole, Image, ImageInfo, joined_ranges, page_batch
-from ksmdist.images.extents import FILLED, Extents, check_forward, content_array, find_in_runs
+from ksmdist.images.base import Hole, Image, ImageInfo, joined_holes, joined_ranges, page_batch
+from ksmdist.images.extents import FILLED, Extents, check_forward, content_array, extent_image, find_in_runs
 from ksmdist.images.files import ImageFile, LocalFile
 from ksmdist.images.stores import StoredFile
 
@@ -29,6 +29,7 @@ MOST_RUNS = 1 << 25
 
 _BLOCK_BYTES = 4 << 20  # of pages in one batch: what is copied is still in the cache when it is hashed
 _GAP_BYTES = 16 << 10  # pieces of the file this near are read as one
+_LONG_PAGES = 24  # of a run on average, from which on it costs less to map each than to copy all
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +232,7 @@ class ScatteredImage:
             content = content_array(pa.py_buffer(rows), len(rows), size)
             items.append(page_batch(page[keep], content, size, None, runs.region[run[keep]], self.info.regions))
         reason = "unreadable" if isinstance(self._file, LocalFile) else "damaged"
-        items.extend(Hole(number * size, 1, reason) for number in page[~keep].tolist())
+        items += joined_holes(page[~keep], size, reason)
         return items
 
 
@@ -298,5 +299,9 @@ def scattered_image(file: ImageFile, info: ImageInfo, runs: PageRuns, holes: tup
 
     Raises ImageError for a compressed file whose pages lie in it in another order than by address.
     """
-    check_forward(file, Extents(runs.page, runs.count, runs.offset))
+    extents = Extents(runs.page, runs.count, runs.offset, region=runs.region)
+    back_to_back = (runs.offset < 0) | (runs.step == info.page_size)
+    if runs.pages >= _LONG_PAGES * len(runs) and back_to_back.all():
+        return extent_image([file], info, extents, holes)
+    check_forward(file, extents)
     return ScatteredImage(file, info, runs, holes)
