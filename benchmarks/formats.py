@@ -147,6 +147,16 @@ def _by(*command: str) -> Callable[[np.ndarray, Path], None]:
     return write
 
 
+def _of_file(*command: str) -> Callable[[np.ndarray, Path], None]:
+    """By its name, so that its size is written into what comes out."""
+
+    def write(image: np.ndarray, path: Path) -> None:
+        with open(path, "wb") as sink:
+            subprocess.run([*command, str(path.with_name("guest.raw"))], stdout=sink, check=True)
+
+    return write
+
+
 def _arrow(image: np.ndarray, path: Path) -> None:
     """With no id in it: a run takes many links to it for as many images."""
     del image
@@ -165,6 +175,8 @@ _WRITERS: dict[str, Callable[[np.ndarray, Path], None]] = {
     "kdump-zlib-flattened": _flattened,
     "raw.gz": _by("gzip", "-1", "-c"),
     "raw.zst": _by("zstd", "-q", "-3", "-c"),
+    "raw.sized.zst": _of_file("zstd", "-q", "-3", "-c"),
+    "raw.sized.lz4": _of_file("lz4", "-q", "--content-size", "-c"),
     "raw.lz4": _by("lz4", "-q", "-c"),
     "raw.xz": _by("xz", "-1", "-T0", "-c"),
 }

@@ -111,7 +111,7 @@ def resume(
         held.plan["settings"] = replace(settings, task_memory=task_memory).as_dict()
     try:
         nbytes = (sum(image.info.pages for image in opened) + _earlier_pages(opened)) * settings.page_size
-        choice = engines.choose(engine, address, nbytes)
+        choice = engines.choose(engine, address, nbytes, unpack_s=roster.unpack_s(opened, settings.page_size))
         progress.engine(choice.name, choice.why)
         runner = engines.start(choice)
         clock.lap("start", choice.name, progress)
@@ -166,7 +166,14 @@ def estimate(
         count = cpus or machines.cpus
         cluster = choice.address is not None or cpus is not None
         found = planned.estimate(
-            pages, remote, count, choice.name != "inline", start_s, cluster, _earlier_pages(opened)
+            pages,
+            remote,
+            count,
+            choice.name != "inline",
+            start_s,
+            cluster,
+            _earlier_pages(opened),
+            roster.packed_pages(opened),
         )
         return Planned(settings, found, choice, missing)
 

@@ -57,6 +57,9 @@ MOST_TASK_MEMORY = 1 << 30
 SCAN_S_PER_GIB, MERGE_S_PER_ROW = 0.18, 5.0e-7
 """Seconds of one CPU: to scan a GiB of cached pages, and to merge a row (benchmarks/rates.py, scale.py)."""
 
+UNPACK_S_PER_GIB = 1.4
+"""Seconds more for a GiB of pages that lie compressed one by one, with zlib as QEMU does (benchmarks/readers.py)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -151,11 +154,13 @@ class Plan:
         start_s: float,
         cluster: bool,
         earlier_pages: int = 0,
+        packed_pages: int = 0,
     ) -> Estimate:
         """What it will take on `cpus` CPUs, with no more known than the sizes of the images.
 
         scan_on_all: whether scans run on all of them, as merges do; remote_pages: pages in object stores.
         earlier_pages: of earlier passes, which are read, and whose checksums are kept meanwhile.
+        packed_pages: of all of these, pages that lie compressed one by one.
         Every page is taken for a content of its own, which bounds memory, disk and network from above.
         The time is that of pages that are in the page cache.
         """
@@ -166,6 +171,7 @@ class Plan:
         rounds = 1 + len(combinations(len(self.tasks), self.settings.fan_in))
         rows_a_piece = min(-(-total // self.settings.ranges), share(self.settings.task_memory))
         gib = (total + earlier_pages) * self.settings.page_size / (1 << 30)
+        packed_gib = packed_pages * self.settings.page_size / (1 << 30)
         read = remote_pages * self.settings.page_size
         work = total * ROW_BYTES + earlier_pages * CHECKSUM_BYTES
         return Estimate(
@@ -187,7 +193,7 @@ class Plan:
             network_bytes=read + (2 * rounds * work if cluster else 0),
             cpus=cpus,
             seconds=start_s
-            + gib * SCAN_S_PER_GIB / (cpus if scan_on_all else 1)
+            + (gib * SCAN_S_PER_GIB + packed_gib * UNPACK_S_PER_GIB) / (cpus if scan_on_all else 1)
             + rounds * total * MERGE_S_PER_ROW / cpus,
         )
 

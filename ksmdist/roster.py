@@ -14,11 +14,12 @@ from ksmdist.engines import Engine, Stage
 from ksmdist.errors import EngineError, SettingsError
 from ksmdist.fleet import Source
 from ksmdist.images import Hole, ImageInfo
+from ksmdist.plan import UNPACK_S_PER_GIB
 from ksmdist.scanned import Opened
 from ksmdist.settings import Settings
 from ksmdist.timings import Clock, Progress
 
-__all__ = ["look", "opened"]
+__all__ = ["look", "opened", "packed_pages", "unpack_s"]
 
 _SOURCES_A_TASK = 16  # looked at by one task
 
@@ -54,7 +55,7 @@ def opened(
         opened, left_out = _look_twice(inline, sources, more, settings, strict)
         clock.lap("open", f"{len(opened)} images", progress)
         nbytes = sum(one.info.pages for image in opened for one in (image, *image.earlier)) * settings.page_size
-        choice = engines.choose(engine, address, nbytes)
+        choice = engines.choose(engine, address, nbytes, unpack_s=unpack_s(opened, settings.page_size))
     progress.engine(choice.name, choice.why)
     runner = engines.start(choice)
     clock.lap("start", choice.name, progress)
@@ -65,6 +66,17 @@ def opened(
         yield opened, left_out, choice, runner
     finally:
         runner.close()
+
+
+def packed_pages(opened: Sequence[Opened]) -> int:
+    """Pages of images and of their earlier passes that lie compressed one by one."""
+    every = (one.info for image in opened for one in (image, *image.earlier))
+    return sum(info.pages for info in every if info.format == "kdump")
+
+
+def unpack_s(opened: Sequence[Opened], page_size: int) -> float:
+    """Seconds that one CPU needs to unpack these pages."""
+    return packed_pages(opened) * page_size / (1 << 30) * UNPACK_S_PER_GIB
 
 
 def _look_twice(

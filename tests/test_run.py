@@ -16,12 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ksmdist
+from ksmdist import pipeline
 from ksmdist.engines import choose
 from ksmdist.errors import RunDirectoryError, SettingsError
+from ksmdist.plan import UNPACK_S_PER_GIB
 from ksmdist.settings import Settings
 from ksmdist.store import read_table
 from ksmdist.tables import MAPPINGS, SPECTRUM, STABLE_TREE
 
+from . import kdump_files
 from .conftest import KEPT, PAGE, ZERO, MakeImage, manifest, oracle, page, table_files
 from .layouts import layout_images
 
@@ -222,6 +225,20 @@ def test_auto_says_which_engine_and_why(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
     assert choose("auto", None, 1, cpus=2).address == "10.0.0.2:6379"
     assert choose("inline", None, 1 << 40).name == "inline"
+
+
+def test_auto_weighs_what_is_to_be_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert choose("auto", None, 8 << 30, cpus=2).name == "inline"
+    assert choose("auto", None, 8 << 30, cpus=2, unpack_s=10.0).name == "ray"
+
+
+def test_a_kdump_is_estimated_to_take_longer_than_raw_memory(make_raw: MakeImage, tmp_path: Path) -> None:
+    raw = make_raw("a.raw", [page(n) for n in range(2000)])
+    dump = tmp_path / "a.kdump"
+    dump.write_bytes(kdump_files.kdump({n: page(n) for n in range(2000)}))
+    taken = [pipeline.estimate([path], cpus=1).estimate.seconds for path in (raw, dump)]
+    assert taken[1] - taken[0] == pytest.approx(2000 * PAGE / (1 << 30) * UNPACK_S_PER_GIB)
 
 
 def test_nothing_is_eligible(tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ class Choice:
     why: str
 
 
-def choose(engine: str, address: str | None, nbytes: int, cpus: int | None = None) -> Choice:
+def choose(engine: str, address: str | None, nbytes: int, cpus: int | None = None, unpack_s: float = 0.0) -> Choice:
     """Which engine to use for `nbytes` of pages; `auto` weighs Ray's start against what it wins.
 
+    unpack_s: seconds that one CPU needs more for pages that lie compressed.
     address None: RAY_ADDRESS is honoured, as Ray does. Raises SettingsError for an unknown engine.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
@@ -41,7 +42,7 @@ def choose(engine: str, address: str | None, nbytes: int, cpus: int | None = Non
         return Choice("ray", address, f"the cluster at {address} was named")
     cpus = cpus or len(os.sched_getaffinity(0))
     gib = nbytes / (1 << 30)
-    won = gib * INLINE_S_PER_GIB * (1 - 1 / cpus)
+    won = (gib * INLINE_S_PER_GIB + unpack_s) * (1 - 1 / cpus)
     if won > RAY_START_S:
         return Choice("ray", None, f"{gib:.1f} GiB on {cpus} CPUs: Ray wins about {won:.0f} s, more than its start")
     return Choice(
