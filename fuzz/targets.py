@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from fuzz.checkpoints import LAZY, PARENT, PRESENT, pagemap, vmss
-from fuzz.streams import SAVED_BYTES, mapped_ram, saved, stream
+from tests import criu_files, qemu_files, vmware_files
 from tests.conftest import PAGE, ZERO, Row, arrow_image, elf_core, eligible, page
+from tests.criu_files import LAZY, PARENT, PRESENT, Vma, mm, pagemap
 from tests.kdump_files import OF_QEMU, flattened, flattened_records, kdump
 from tests.lime_files import avml_file, lime_file
 
@@ -143,31 +143,38 @@ def _avml() -> list[list[bytes]]:
     return [[avml_file(_RANGES)], [avml_file(noise, bytes([0xFE, 4, 0, 0]) + bytes(4))]]
 
 
-_BLOCKS = {"pc.ram": 12, "pc.bios": 2, "0000:00:02.0/vga.vram": 2}
-_SENT = [("pc.ram", n, content) for n, content in enumerate((page(1), ZERO, page(2), b"\xff" * PAGE, page(1)))]
-_AGAIN = [("pc.bios", 0, page(3)), ("pc.ram", 2, page(4)), ("0000:00:02.0/vga.vram", 1, page(5)), ("pc.ram", 11, ZERO)]
+_RAM = {
+    "pc.ram": [page(1), ZERO, page(2), b"\xff" * PAGE, page(1), *[ZERO] * 7],
+    "pc.bios": [page(3), page(4)],
+    "0000:00:02.0/vga.vram": [page(5), ZERO],
+}
+_AGAIN = [("pc.bios", 0, page(6)), ("pc.ram", 2, page(4)), ("pc.ram", 11, page(7))]
+
+
+def _sent() -> bytes:
+    return qemu_files.migrated(_RAM, _AGAIN)
 
 
 def _qemu() -> list[list[bytes]]:
-    nodes = {"ram-node1": 3, "ram-node0": 9}
+    nodes = {"ram-node1": [ZERO, ZERO, page(1)], "ram-node0": [page(2)] * 9}
     return [
-        [stream(_BLOCKS, [_SENT, _AGAIN])],
-        [stream(nodes, [[("ram-node1", 2, page(1))]])],
+        [_sent()],
+        [qemu_files.migrated(nodes, ended=False)],
     ]
 
 
 def _mapped_ram() -> list[list[bytes]]:
-    return [[mapped_ram(_BLOCKS, [*_SENT, *_AGAIN])], [mapped_ram({"pc.ram": 3}, [("pc.ram", 1, page(1))], 512)]]
+    small = {"pc.ram": [ZERO, page(1), ZERO], "mem0": [page(2)]}
+    return [[qemu_files.mapped_ram(_RAM)], [qemu_files.mapped_ram(small, align=512, shared=["mem0"])]]
 
 
 def _libvirt() -> list[list[bytes]]:
-    sent, mapped = (
-        stream(_BLOCKS, [_SENT, _AGAIN]),
-        mapped_ram({"pc.ram": 3}, [("pc.ram", 1, page(1))], before=SAVED_BYTES),
-    )
+    sent, header = _sent(), qemu_files.saved_header
     packed = [(1, gzip.compress(sent)), (3, lzma.compress(sent)), (5, _by_arrow("zstd", sent))]
-    others = [saved(mapped, 6, ">"), saved(sent, magic=b"LibvirtQemudPart")]
-    return [[saved(sent)], *([saved(data, format)] for format, data in packed), *([other] for other in others)]
+    before = header(6, order=">")
+    mapped = qemu_files.mapped_ram({"pc.ram": [ZERO, page(1), ZERO]}, qemu_files.Stream(len(before)))
+    others = [before + mapped, header(magic=b"LibvirtQemudPart") + sent]
+    return [[header() + sent], *([header(format) + data] for format, data in packed), *([other] for other in others)]
 
 
 def _criu() -> list[list[bytes]]:
@@ -175,18 +182,21 @@ def _criu() -> list[list[bytes]]:
     alone = pagemap(1, [(at, 2, PRESENT), (at + 9 * PAGE, 1, PRESENT)])
     child = pagemap(1, [(at, 2, PRESENT), (at + 2 * PAGE, 2, PARENT), (at + 9 * PAGE, 1, PRESENT)])
     parent = pagemap(1, [(at, 3, PRESENT), (at + 3 * PAGE, 1, LAZY)])
-    return [[alone, some, b"", b""], [child, some, parent, some]]
+    heap, mapped = Vma(at, at + 4 * PAGE, madv=1 << 12), Vma(at + 8 * PAGE, at + 10 * PAGE, status=65, shmid=3)
+    names = criu_files.files({3: "/usr/bin/true"})
+    return [[alone, some, b"", b"", mm([heap, mapped]), names], [child, some, parent, some, b"", b""]]
 
 
 def _vmware() -> list[list[bytes]]:
     memory = page(1) + ZERO + page(2) + page(3)
-    regions: dict[tuple[str, tuple[int, ...]], int | bytes] = {("regionsCount", ()): 2}
-    for number, (first, count, place) in enumerate(((0, 3, 0), (1 << 20, 1, 3))):
-        regions |= {("regionPPN", (number,)): first, ("regionSize", (number,)): count}
-        regions |= {("regionPageNum", (number,)): place}
-    within = {**regions, ("align_mask", (0,)): 4095, ("Memory", (0, 0)): memory}
-    return [[vmss(regions), memory], [vmss(within), b""], [vmss({("regionsCount", ()): 0}), memory]]
+    regions = [(0, 0, 3), (1 << 20, 3, 1)]
+    block = vmware_files.block("Memory", memory, 0, 0, padding=7)
+    within = vmware_files.metadata(vmware_files.region_tags(regions) + block)
+    return [[vmware_files.vmss(regions), memory], [within, b""], [vmware_files.vmss([]), memory]]
 
+
+_OF_PARENT = ("parent/pagemap-7.img", "parent/pages-1.img")
+_CHECKPOINT = ("pagemap-7.img", "pages-1.img", *_OF_PARENT, "mm-7.img", "files.img")
 
 TARGETS = {
     "raw": Target(_raw),
@@ -203,7 +213,7 @@ TARGETS = {
     "qemu": Target(_qemu, keep=8),
     "mapped-ram": Target(_mapped_ram, keep=8),
     "libvirt": Target(_libvirt, keep=16),
-    "criu": Target(_criu, ("pagemap-7.img", "pages-1.img", "parent/pagemap-7.img", "parent/pages-1.img"), keep=8),
+    "criu": Target(_criu, _CHECKPOINT, keep=8),
     "vmware": Target(_vmware, ("guest.vmss", "guest.vmem"), keep=4),
 }
 """By name."""
