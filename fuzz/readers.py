@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # importing these imports the readers, which must be instrume
 MOST_BYTES = 256 << 10
 _INPUT_S = 10  # more is a hang: the slowest inputs take a quarter of a second
 _MEMORY = 3 << 30  # of address space: 1.2 GiB are libraries
-_INPUTS = 50_000  # in one process: atheris keeps some of what a mutator returns, up to 13 KB of each
+_INPUTS = 15_000  # in one process: atheris keeps some of what a mutator returns, up to 42 KB of each
 _FOUND = Path("build/fuzz")
 
 

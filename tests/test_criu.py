@@ -242,6 +242,29 @@ def test_a_pages_file_with_holes_or_with_more_than_is_named(tmp_path: Path) -> N
     assert "1 pages more" in caveats
 
 
+def test_a_hole_that_a_later_checkpoint_fills_is_not_said(tmp_path: Path) -> None:
+    """As `criu dedup` leaves the parent of a checkpoint: by itself it lacks a page, and with its child none."""
+    old = checkpoint(tmp_path / "1", [(ANON_AT, 48, PRESENT)], content(*range(48)))
+    runs = [(ANON_AT, 16, PARENT), (ANON_AT + 16 * PAGE, 16, PRESENT), (ANON_AT + 32 * PAGE, 16, PARENT)]
+    new = checkpoint(tmp_path / "2", runs, content(*range(100, 116)), parent="../1")
+    with open(tmp_path / "1" / "pages-1.img", "wb") as sink:
+        sink.write(content(*range(16)))
+        sink.seek(32 * PAGE)
+        sink.write(content(*range(32, 48)))
+    assert "pages-1.img has holes, in which 16 of the pages lie" in str(images.open_image(str(old)).info.caveats)
+    assert "has holes" not in str(images.open_image(str(new)).info.caveats)
+    expected = [*range(16), *range(100, 116), *range(32, 48)]
+    assert list(pages_of(new).values()) == [page(number) for number in expected]
+
+
+def test_more_records_than_can_be_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint(tmp_path, [(ANON_AT + 2 * n * PAGE, 1, PRESENT) for n in range(9)], content(*range(9)))
+    monkeypatch.setattr("ksmdist.images.protobuf_messages._MOST_RECORDS", 10)
+    assert len(pages_of(path)) == 9
+    monkeypatch.setattr("ksmdist.images.protobuf_messages._MOST_RECORDS", 9)
+    assert "more than 9 records" in error(path)
+
+
 @pytest.mark.parametrize("page_size", [16384, 65536])
 def test_larger_pages(tmp_path: Path, page_size: int) -> None:
     data = content(*range(2 * page_size // PAGE))
@@ -359,6 +382,12 @@ def test_names_are_not_worth_an_error(tmp_path: Path) -> None:
             (tmp_path / name).write_bytes(whole[:size])
             images.open_image(str(path)).close()
     assert rows(path) == {ANON_AT: (0, None)}
+
+
+def test_names_can_be_shown(tmp_path: Path) -> None:
+    vma = Vma(ANON_AT, ANON_AT + PAGE, status=REGULAR | FILE_PRIVATE, shmid=3)
+    path = checkpoint(tmp_path, [(ANON_AT, 1, PRESENT)], page(1), [vma], names={3: "/é x\x1b[31m\n\0"})
+    assert images.open_image(str(path)).info.regions == ("/é x?[31m??",)
 
 
 def test_a_million_entries_are_bounded(tmp_path: Path) -> None:

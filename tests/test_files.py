@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,9 +18,13 @@ from hypothesis import strategies as st
 import ksmdist
 from ksmdist import images
 from ksmdist.errors import ImageError, RunDirectoryError, SettingsError
+from ksmdist.report.terminal import filtered_lines
 from ksmdist.settings import Settings
 
 from .conftest import PAGE, ZERO, MakeImage, arrow_image, elf_core, eligible, invoke, page, printed, table_files
+from .criu_files import MERGEABLE, PRESENT, Vma, checkpoint
+from .kdump_files import kdump, split_kdump
+from .lime_files import avml_file
 from .readers import pages_of
 
 PAGES = [None, page(1), ZERO, page(2), None, ZERO, page(1), None, None]
@@ -69,6 +75,14 @@ def test_info_of_holes_exits_as_a_run_does(tmp_path: Path) -> None:
     done = invoke("info", path)
     assert done.exit_code == 3
     assert "1 pages truncated" in done.stdout
+
+
+def test_info_does_not_claim_to_know_what_was_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "x.avml"
+    path.write_bytes(avml_file([(PAGE, page(1))]))
+    text = printed("info", path)
+    assert "filter     AVML: blocks of 16 MiB" in text
+    assert "excluded   not known" in text
 
 
 def test_import_names_the_image(make_raw: MakeImage, tmp_path: Path) -> None:
@@ -150,6 +164,39 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="is of kind process"):
         invoke("export", process, "-o", tmp_path / "p.raw")
     assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_a_folder_with_one_image_is_exported(make_raw: MakeImage, tmp_path: Path) -> None:
+    at, pages = 0x7F0000000000, [page(1), ZERO, page(2)]
+    mappings = [Vma(at, at + 2 * PAGE, madv=MERGEABLE), Vma(at + 2 * PAGE, at + 3 * PAGE)]
+    checkpoint(tmp_path / "ckpt", [(at, 3, PRESENT)], b"".join(pages), mappings)
+    shown = printed("export", tmp_path / "ckpt", "-o", tmp_path / "x.elf")
+    assert "which of its pages KSM may merge, are not in it" in shown
+    assert pages_of(tmp_path / "x.elf") == {at + n * PAGE: content for n, content in enumerate(pages)}
+    (tmp_path / "split").mkdir()
+    split_kdump(tmp_path / "split", dict(enumerate(pages)), [0, 1, 3])
+    shown = printed("export", tmp_path / "split", "-o", tmp_path / "y.raw")
+    assert shown == f"{tmp_path / 'y.raw'}: 3 pages\n"
+    assert (tmp_path / "y.raw").read_bytes() == b"".join(pages)
+    for name in ("a.raw", "b.raw"):
+        make_raw(name, [page(1)])
+    with pytest.raises(SettingsError, match=r"is 2 images, and z\.elf can hold one"):
+        invoke("export", tmp_path / "[ab].raw", "-o", tmp_path / "z.elf")
+
+
+def test_many_holes_are_a_few_lines(tmp_path: Path) -> None:
+    segments = [(2 * n * PAGE, b"", PAGE) for n in range(100)]
+    core = bytearray(elf_core(segments))
+    for number in range(1, 101):  # each claims a page past the end of the file
+        struct.pack_into("<QQQQ", core, 64 + 56 * number + 8, 1 << 30, 0, 2 * (number - 1) * PAGE, PAGE)
+    (tmp_path / "core").write_bytes(core)
+    for command, out in (("export", "x.elf"), ("import", "x.arrow")):
+        done = invoke(command, tmp_path / "core", "-o", tmp_path / out)
+        assert done.exit_code == 3
+        *first, last = done.stderr.splitlines()
+        assert len(first) == 20
+        assert first[1] == f"{tmp_path / 'core'}: 1 pages at 0x2000 truncated: left out"
+        assert last.startswith("... and 80 holes more, 100 pages in all")
 
 
 def test_a_diff_snapshot_lies_over_its_base(make_raw: MakeImage, tmp_path: Path) -> None:
@@ -248,6 +295,22 @@ def test_a_filtered_image_is_flagged_wherever_it_is_counted(tmp_path: Path) -> N
     assert columns.to_pylist() == [{"producer": "makedumpfile", "filter_level": source["filter_level"], "excluded": 5}]
 
 
+def test_ways_to_be_filtered_are_said_up_to_a_point() -> None:
+    one = [{"image_id": f"vm-{n}", "filter_level": f"way {n}", "excluded": n} for n in range(25)]
+    lines = filtered_lines([*one, one[24] | {"image_id": "last"}])
+    assert lines[1] == "FILTERED: vm-1: way 1 (1 pages); what is counted is not the whole memory."
+    assert lines[20:] == ["FILTERED: 6 images more, each in its own way; table images has them all."]
+    assert len(filtered_lines([one[0] | {"filter_level": "x" * 10_000}])[0]) < 400
+
+
+def test_notes_that_are_not_shown_are_counted(tmp_path: Path) -> None:
+    keys = {"ksmdist.source": json.dumps({"caveats": [f"this is number {n}" for n in range(25)]})}
+    image = arrow_image(tmp_path / "vm.arrow", [(0, page(1), eligible())], keys)
+    shown = printed("run", image, "-o", tmp_path / "run", "-q")
+    assert shown.count("note: ") == 20
+    assert "\n... and 5 notes more; run.json has them all\n" in shown
+
+
 def test_a_checkpoints_other_files_are_no_images(tmp_path: Path) -> None:
     from ksmdist import fleet
 
@@ -286,3 +349,95 @@ def test_archives_in_a_folder_are_left_out(tmp_path: Path) -> None:
     assert found.left_out == (
         (f"{tmp_path}/logs.tar.gz", "is gzip-compressed, and its name does not say that an image is in it"),
     )
+
+
+def test_a_core_that_lost_its_holes_is_flagged(tmp_path: Path) -> None:
+    """Compressed by systemd-coredump, or copied, what was never touched is in it as zeros."""
+    size = 24 * PAGE
+    with open(tmp_path / "core", "wb") as sink:
+        sink.write(elf_core([(0x7F0000000000, bytes(size), size)], b"CORE", physical=False, offsets=[PAGE])[:PAGE])
+        os.pwrite(sink.fileno(), page(1), 9 * PAGE)
+        sink.truncate(PAGE + size)
+    data = (tmp_path / "core").read_bytes()
+    (tmp_path / "core.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "copied").write_bytes(data)
+    assert images.open_image(str(tmp_path / "core")).info.filter_level == ""
+    for name in ("core.gz", "copied"):
+        info = images.open_image(str(tmp_path / name)).info
+        assert "never touched is in it as zeros" in info.filter_level
+        assert info.caveats == ()
+        assert "FILTERED: " in printed("run", tmp_path / name, "-o", tmp_path / f"run-{name}", "-q")
+
+
+def test_info_says_what_a_hole_means(make_raw: MakeImage) -> None:
+    base, diff = make_raw("full.mem", [page(1), page(2)]), make_raw("diff.mem", [None, page(3)])
+    over, alone = printed("info", diff, "--base", base), printed("info", diff)
+    assert "has not changed" in over
+    assert "never touched" not in over
+    assert "never touched" in alone
+    assert "give the file below as --base" in alone
+    assert "--base" not in printed("info", base)
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ImageError, match="save first what comes through a pipe"):
+        images.open_image(str(tmp_path / "pipe"))
+
+
+def test_what_is_raw_by_force_and_does_not_look_it(make_raw: MakeImage, tmp_path: Path) -> None:
+    core = elf_core([(0, page(1), PAGE)])
+    for name, data in (("elf", core), ("gzip", gzip.compress(core)), ("a qcow2 disk image", b"QFI\xfb")):
+        (tmp_path / "x").write_bytes(data.ljust(2 * PAGE, b"\0"))
+        (caveat,) = images.open_image(str(tmp_path / "x"), format="raw").info.caveats
+        assert caveat.startswith(f"starts like {name}, and is counted as raw memory")
+    assert images.open_image(str(make_raw("vm.raw", [page(1)])), format="raw").info.caveats == ()
+
+
+def test_an_inventory_leads_to_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "inventory.img").write_bytes(bytes.fromhex("16313158") + bytes(8))
+    with pytest.raises(ImageError, match="and has no pages; name the folder that it is in"):
+        images.open_image(str(tmp_path / "inventory.img"))
+
+
+def test_what_was_lost_outlives_import_and_export(tmp_path: Path) -> None:
+    core = tmp_path / "core"
+    core.write_bytes(elf_core([(0, page(1) + page(2), 2 * PAGE)])[:-PAGE])
+    for command, name in (("import", "x.arrow"), ("export", "x.elf")):
+        assert invoke(command, core, "-o", tmp_path / name).exit_code == 3
+        info = images.open_image(str(tmp_path / name)).info
+        assert (info.pages, info.pages_absent) == (1, 1)
+        assert info.filter_level == f"1 pages could not be read when it was {command}ed, and are not in it"
+        assert pages_of(tmp_path / name) == {0: page(1)}
+
+
+def test_what_is_found_lost_while_it_is_read_stays_a_hole(tmp_path: Path) -> None:
+    data = bytearray(kdump({n: page(n) for n in range(1, 9)}))
+    at = data.rfind(b"\x78\x01")  # the last page, as zlib packs it
+    data[at + 4 : at + 12] = bytes(8)
+    path = tmp_path / "x.kdump"
+    path.write_bytes(data)
+    found = pages_of(path)
+    assert found[8 * PAGE] is None
+    assert invoke("import", path, "-o", tmp_path / "x.arrow").exit_code == 3
+    assert pages_of(tmp_path / "x.arrow") == found
+    assert invoke("run", tmp_path / "x.arrow", "-o", tmp_path / "run", "-q").exit_code == 3
+    assert invoke("export", path, "-o", tmp_path / "x.elf").exit_code == 3
+    assert images.open_image(str(tmp_path / "x.elf")).info.pages_absent == 1
+
+
+def test_info_of_a_split_dump_without_a_piece(tmp_path: Path) -> None:
+    first, second, _ = split_kdump(tmp_path, {n: page(n) for n in range(30)}, [0, 10, 20, 30])
+    assert "no page was left out" in printed("info", first)
+    second.unlink()
+    text = printed("info", first)
+    assert "10 of its pages are in pieces of the split dump that are not beside it" in text
+    assert "no page was left out" not in text
+
+
+def test_a_packed_file_of_which_nothing_can_be_unpacked(tmp_path: Path) -> None:
+    data = np.random.default_rng(1).bytes(64 * PAGE)
+    packed = bytes(pa.Codec("zstd").compress(data))  # says its size
+    (tmp_path / "x.raw.zst").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(ImageError, match="cannot be unpacked from its first byte on"):
+        images.open_image(str(tmp_path / "x.raw.zst"))

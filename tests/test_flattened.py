@@ -130,3 +130,12 @@ def test_many_records_are_indexed_in_bounded_time(tmp_path: Path) -> None:
     assert len(file.data_extents()) == 1
     assert file.read(far - 4, 4) == bytes(4)
     file.close()
+
+
+def test_pages_behind_one_that_is_not_known_are_read_wherever_a_batch_ends(tmp_path: Path) -> None:
+    data = b"".join(map(page, range(5)))
+    core = elf_core([(0, data, len(data))])
+    at = core.index(data)
+    records = [(0, core[: at + PAGE + 9]), (at + 2 * PAGE, core[at + 2 * PAGE : at + 4 * PAGE - 9])]
+    path = written(tmp_path, flattened_records([*records, (at + 4 * PAGE, core[at + 4 * PAGE :])], b""))
+    assert pages_of(path) == {0: page(0), PAGE: None, 2 * PAGE: page(2), 3 * PAGE: None, 4 * PAGE: page(4)}

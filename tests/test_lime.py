@@ -80,6 +80,28 @@ def test_blocks_as_avml_writes_lime(tmp_path: Path) -> None:
     assert "zeros are left out" in info.filter_level
 
 
+def test_a_block_of_avml_with_none_beside_it(tmp_path: Path) -> None:
+    """Where those around it were zeros, and are left out: still a filter, which is said."""
+    ranges = [(0, page(1)), (1 << 20, bytes(16 << 20)), (1 << 26, page(2) * 3)]
+    info = images.open_image(str(save(tmp_path / "x", lime_file(ranges)))).info
+    assert info.producer == "AVML"
+    assert "zeros are left out" in info.filter_level
+
+
+def test_what_lime_could_not_read_is_said(tmp_path: Path) -> None:
+    for name in MAKERS:
+        info = images.open_image(str(save(tmp_path / name, MAKERS[name](RAGGED)))).info
+        assert any("could not read" in caveat for caveat in info.caveats) == (name == "lime")
+
+
+def test_more_ranges_than_anything_writes(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("lime", "avml"):
+        monkeypatch.setattr(f"ksmdist.images.{module}.MOST_RANGES", 5)
+    ranges = [(2 * n * PAGE, page(n)) for n in range(6)]
+    assert len(pages_of(save(tmp_path / "x", make(ranges[:5])))) == 5
+    assert "more than 5 ranges" in error(tmp_path, make(ranges))
+
+
 def test_a_page_in_two_ranges_counts_once(tmp_path: Path, make: Make) -> None:
     ranges = [(2 * PAGE, page(1) + page(2)), (0, page(3) * 3), (3 * PAGE, page(4) * 2)]
     assert pages_of(save(tmp_path / "x", make(ranges))) == {
@@ -204,6 +226,31 @@ def test_damaged_chunks_are_holes(tmp_path: Path) -> None:
                 lost = [address for address in truth if low - PAGE < address < high]
                 assert found == truth | dict.fromkeys(lost)
             at += 4 + length
+
+
+def test_damaged_chunks_of_pages_in_many_pieces(tmp_path: Path) -> None:
+    """Ranges of a few bytes, each a chunk, and ranges of several chunks: any of them damaged, by their checksums."""
+    rng = np.random.default_rng(6)
+    memory = rng.bytes(60 * PAGE)
+    for _ in range(25):
+        cuts = np.unique(rng.integers(1, len(memory), 40))
+        edges = [0, *cuts.tolist(), 5 * PAGE + 1, 5 * PAGE + 2, len(memory)]
+        spans = list(pairwise(sorted(edges)))
+        lost: set[int] = set()
+        whole = b""
+        for number in rng.permutation(len(spans)).tolist():
+            start, end = spans[number]
+            one = bytearray(avml_file([(start, memory[start:end])] if start < end else []))
+            at = 32 + len(IDENTIFIER)
+            for low in range(start, end, CHUNK):
+                if rng.random() < 0.1:
+                    one[at + 4] ^= 1
+                    lost.update(range(low // PAGE, -(-min(low + CHUNK, end) // PAGE)))
+                at += 4 + int.from_bytes(one[at + 1 : at + 4], "little")
+            whole += one
+        found = pages_of(save(tmp_path / "x", whole))
+        pages = [memory[n * PAGE : (n + 1) * PAGE] for n in range(60)]
+        assert found == {n * PAGE: None if n in lost else content for n, content in enumerate(pages)}
 
 
 def test_chunks_of_other_kinds(tmp_path: Path) -> None:

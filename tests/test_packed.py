@@ -198,7 +198,8 @@ def test_pages_that_lie_backwards_are_refused(tmp_path: Path) -> None:
         images.open_image(str(path))
 
 
-def test_reading_back_and_forth(tmp_path: Path) -> None:
+def test_reading_back_and_forth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_GROUP_BYTES", 100 * PAGE)
     path = tmp_path / "x"
     path.write_bytes(b"".join(_sized_zstd(RAW[at : at + 100 * PAGE]) for at in range(0, len(RAW), 100 * PAGE)))
     file = PackedFile(LocalFile(str(path)), "zstd")
@@ -265,3 +266,43 @@ def test_what_follows_damage_is_not_unpacked_again(tmp_path: Path, monkeypatch: 
         assert found in (b"", data[number % 64 * PAGE :][:PAGE]) or len(found) < PAGE
     assert len(begun) <= 4
     file.close()
+
+
+def test_frames_behind_a_damaged_one_are_read_wherever_a_batch_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "_GROUP_BYTES", 1)
+    numbers = np.arange(180 * PAGE // 8, dtype="<u8") * 0x9E3779B1
+    raw, cut = numbers.tobytes(), 60 * PAGE + 100
+    frames = [bytearray(_sized_zstd(raw[at : at + cut])) for at in range(0, len(raw), cut)]
+    frames[1][40:60] = bytes(20)
+    path = tmp_path / "x"
+    path.write_bytes(b"".join(frames))
+    found = pages_of(path)  # by several ways, which must agree
+    lost = [n for n in range(180) if found[n * PAGE] is None]
+    assert lost == list(range(60, 121))  # the pages at its ends too
+    assert all(found[n * PAGE] == raw[n * PAGE : (n + 1) * PAGE] for n in range(180) if n not in lost)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4", "xz"])
+def test_what_a_checksum_denies_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
+    """It comes after the last page, in a piece of its own where the size is a multiple of a piece's."""
+    monkeypatch.setattr(packed, "_PIECE", 4 * PAGE)
+    monkeypatch.setattr(packed, "_PIECE_ARROW", 4 * PAGE)
+    path = tmp_path / "x"
+    if codec == "xz":
+        whole = bytearray(lzma.compress(RAW[: 16 * PAGE], check=lzma.CHECK_CRC64))
+        at = len(whole) - 12 - 4 * (int.from_bytes(whole[-8:-4], "little") + 1) - 8
+    elif shutil.which(codec) is None:
+        unavailable(f"{codec} is not installed: run tests/producers/install.sh", "KSMDIST_FORCE_PRODUCERS")
+    else:
+        (tmp_path / "raw").write_bytes(RAW[: 16 * PAGE])
+        size = ["--content-size"] if codec == "lz4" else []
+        whole = bytearray(subprocess.run([codec, "-q", *size, "-c", tmp_path / "raw"], capture_output=True).stdout)
+        at = len(whole) - 4
+    path.write_bytes(whole)
+    assert None not in pages_of(path).values()
+    whole[at] ^= 1
+    path.write_bytes(whole)
+    found = exercise(path)
+    assert isinstance(found, ImageError) or None in found.values()

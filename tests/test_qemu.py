@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import lzma
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +38,7 @@ from .qemu_files import (
     migrated,
     saved_header,
 )
-from .readers import Found, exercise, pages_of
+from .readers import Found, checked_pages, exercise, pages_of
 from .stores import Proxy
 
 GIB = 1 << 30
@@ -223,6 +225,8 @@ def _blocks(*sizes: tuple[str, int]) -> list[RamBlock]:
         ("pc-i440fx-1.4", [("pc.ram", 4 * GIB)], [(0, 0, 0xE0000000, 0), (0, 0xE0000000, 4 * GIB, 4 * GIB)]),
         ("pc-q35-9.2", [("ram", 0xAFFFF000)], [(0, 0, 0xAFFFF000, 0)]),
         ("pc-q35-9.2", [("ram", 0xB0000000)], [(0, 0, 2 * GIB, 0), (0, 2 * GIB, 0xB0000000, 4 * GIB)]),
+        ("microvm", [("microvm.ram", 3 * GIB)], [(0, 0, 3 * GIB, 0)]),
+        ("microvm", [("microvm.ram", 4 * GIB)], [(0, 0, 3 * GIB, 0), (0, 3 * GIB, 4 * GIB, 4 * GIB)]),
         ("virt-9.2", [("mach-virt.ram", 8 * GIB)], [(0, 0, 8 * GIB, GIB)]),
         ("virt", [("riscv_virt_board.ram", GIB)], [(0, 0, GIB, 2 * GIB)]),
         ("s390-ccw-virtio-9.2", [("s390.ram", 8 * GIB)], [(0, 0, 8 * GIB, 0)]),
@@ -397,13 +401,54 @@ def _claim(blocks: list[tuple[bytes, int]], total: int) -> bytes:
 
 
 def test_huge_blocks_take_no_memory(tmp_path: Path) -> None:
-    record = struct.pack(">QB6s", (1 << 59) | 8, 6, b"pc.ram") + page(1)
-    path = _file(tmp_path, _claim([(b"pc.ram", 1 << 60)], 1 << 60) + record)
+    record = struct.pack(">QB6s", (1 << 45) | 8, 6, b"pc.ram") + page(1)
+    path = _file(tmp_path, _claim([(b"pc.ram", 1 << 46)], 1 << 46) + record)
     image = images.open_image(str(path))
     assert image.info.pages == 1
-    assert sum(hole.pages for hole in image.holes) == (1 << 48) - 1
-    assert (image.ranges() == [[(1 << 59) + GIB, (1 << 59) + GIB + PAGE]]).all()
+    assert sum(hole.pages for hole in image.holes) == (1 << 34) - 1
+    assert (image.ranges() == [[(1 << 45) + GIB, (1 << 45) + GIB + PAGE]]).all()
     image.close()
+
+
+def test_more_ram_than_there_is_is_refused(tmp_path: Path) -> None:
+    """A sparse file of mapped-ram may have bitmaps of any size, all clear, and each bit would be looked at."""
+    data = mapped_ram({"pc.ram": [ZERO]})
+    for number in ((1 << 46) + PAGE, 1 << 58):
+        lie = data.replace(struct.pack(">Q", PAGE | 4), struct.pack(">Q", number | 4))
+        with pytest.raises(ImageError, match="lists"):
+            pages_of(_file(tmp_path, lie))
+
+
+@pytest.mark.parametrize("blocks", [["pc.ram"], ["pc.ram", "mem1"]])
+def test_more_runs_than_can_be_indexed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: list[str]
+) -> None:
+    each = 64 // len(blocks)
+    path = _file(tmp_path, mapped_ram({name: [page(1), ZERO] * (each // 2) for name in blocks}))
+    monkeypatch.setattr("ksmdist.images.qemu.MOST_RUNS", 64)
+    assert len(pages_of(path)) == 64
+    monkeypatch.setattr("ksmdist.images.qemu.MOST_RUNS", 63)
+    with pytest.raises(ImageError, match="more than 63 runs"):
+        pages_of(path)
+
+
+def test_a_read_that_fails_once_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes its place is what is in the file, and not what was in the buffer before."""
+    path = _file(tmp_path, migrated(RAM, AGAIN))
+    real = os.preadv
+    for failing in range(1, 12):
+        calls = iter(range(1, 1 << 20))
+
+        def preadv(fd: int, buffers: Any, offset: int, failing: int = failing, calls: Any = calls) -> int:
+            if next(calls) == failing:
+                raise OSError(errno.EIO, "x")
+            return real(fd, buffers, offset)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ksmdist.images.qemu_bytes.os.preadv", preadv)
+            image = images.open_image(str(path))
+        assert checked_pages(image) == dict(sorted(LAST.items()))
+        image.close()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ksmdist import images
 from ksmdist.errors import ImageError
 from ksmdist.images import Hole, Image, vmware
 from ksmdist.images.files import open_file
@@ -129,6 +131,17 @@ def test_memory_in_the_metadata_file(tmp_path: Path) -> None:
     assert pages_of(path) == {0: page(9), PAGE: page(9)}
 
 
+def test_a_packed_memory_has_its_regions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, **{"vmem.gz": gzip.compress(b"".join(PAGES)), "vmss": vmss(REGIONS)})
+    assert pages_of(path) == TRUTH
+    info = images.open_image(str(path)).info
+    assert (info.format, [part for part, _ in info.parts]) == ("vmware", [str(tmp_path / "guest.vmss")])
+    assert images.reopen(info).info == info
+    (tmp_path / "guest.vmss").unlink()
+    monkeypatch.setattr(vmware, "_PCI_HOLE", 4 * PAGE)
+    assert "from 3 GiB on are places in the file" in images.open_image(str(path)).info.caveats[0]
+
+
 def test_in_a_store(s3: Proxy) -> None:
     s3.server.put("guest.vmss", vmss(REGIONS))
     s3.server.put("guest.vmem", b"".join(PAGES))
@@ -231,7 +244,8 @@ def test_headers_that_lie(tmp_path: Path) -> None:
 def test_names() -> None:
     assert is_vmem("/x/guest.vmem")
     assert is_vmem("s3://bucket/guest.vmem?region=eu")
-    assert not is_vmem("guest.vmem.gz")
+    assert all(is_vmem(f"guest.vmem.{ending}") for ending in ("gz", "zst", "xz", "lz4"))
+    assert not any(is_vmem(name) for name in ("guest.vmem.txt", "guest.vmss.gz", "vmem.gz"))
     assert (vmem_of("a-Snapshot1.vmsn"), vmem_of("a.vmss"), vmem_of("a.vmx")) == ("a-Snapshot1.vmem", "a.vmem", "")
     heads = (0xBED0BED0, 0xBED2BED0, 0xBED2BED2, 0xBED3BED3, 0xBAD1BAD1, 0xBAD2BAD2)
     assert all(VMWARE.matches(struct.pack("<I", magic) + bytes(60)) for magic in heads)

@@ -15,9 +15,10 @@ import typer
 
 from ksmdist import fleet, images, options, report
 from ksmdist.errors import EXIT_HOLES, ImageError, RunDirectoryError, SettingsError
-from ksmdist.images import Image, ImageInfo
+from ksmdist.images import Hole, Image, ImageInfo
 from ksmdist.images.description import describe
 from ksmdist.images.export import Exported, export_elf, export_raw
+from ksmdist.report.terminal import MAX_ROWS
 
 __all__ = ["export_command", "import_command", "info_command"]
 
@@ -113,8 +114,7 @@ def import_command(
             write = partial(images.write_image, group, image_id=name, host=host, tenant=tenant)
             lost = _write_new(target, lambda path, write=write: write(path=str(path)))  # type: ignore[misc]
             known = sum(hole.pages for image in group for hole in image.holes)
-            for path, hole in lost:
-                print(f"{path}: {hole.pages} pages at {hole.address:#x} {hole.reason}: left out", file=sys.stderr)
+            _say_lost(lost)
             missing = sum(hole.pages for _, hole in lost)
             pages = sum(image.info.pages for image in group) - missing + known
             print(f"{target}: image {report.printable(name)}, {pages:,} pages")
@@ -124,6 +124,17 @@ def import_command(
             holes += missing
     if holes:
         raise typer.Exit(EXIT_HOLES)
+
+
+def _say_lost(lost: Sequence[tuple[str, Hole]]) -> None:
+    """What could not be read and is left out, (path, hole) each: a cut off image may have a million such."""
+    for path, hole in lost[:MAX_ROWS]:
+        said = f"{path}: {hole.pages:,} pages at {hole.address:#x} {hole.reason}: left out"
+        print(report.printable(said), file=sys.stderr)
+    if len(lost) > MAX_ROWS:
+        pages = sum(hole.pages for _, hole in lost)
+        more = f"... and {len(lost) - MAX_ROWS:,} holes more, {pages:,} pages in all"
+        print(f"{more}: holes.parquet of a `ksmdist run` lists them", file=sys.stderr)
 
 
 def _filtered(name: str, info: ImageInfo) -> dict[str, object]:
@@ -176,7 +187,9 @@ _ENDINGS: dict[str, Callable[[Image, BinaryIO], Exported]] = {".raw": export_raw
 
 
 def export_command(
-    source: Annotated[str, typer.Argument(metavar="IMAGE", help="A memory image in any format.")],
+    source: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="A memory image in any format; a folder that holds one.")
+    ],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="X.raw|X.elf", help="The file to write, its format by its ending.")
     ],
@@ -184,10 +197,15 @@ def export_command(
     format: options.Format = None,
     page_size: options.PageSize = 4096,
 ) -> None:
-    """Write a memory image as a raw file or an ELF core."""
+    """Write a memory image as a raw file (of a guest) or an ELF core."""
     if out.suffix not in _ENDINGS:
         raise SettingsError(f"ends in {out.suffix or 'nothing'!r}", str(out), f"use {' or '.join(_ENDINGS)}")
-    with _opened([source], page_size, format, base) as (image,):
+    with _opened(_files_of(source), page_size, format, base) as opened:
+        image, *others = _once(opened)
+        if others:
+            raise SettingsError(
+                f"is {1 + len(others)} images, and {out.name} can hold one", source, "export them one by one"
+            )
 
         def write(path: Path) -> Exported:
             with open(path, "r+b") as sink:
@@ -199,7 +217,8 @@ def export_command(
             print(f"{done.without_bytes:,} pages more have no bytes of their own (swapped, zero page): not in it")
         if image.info.filter_level:
             report.render_filtered([_filtered(images.image_ids([image.info])[0], image.info)], sys.stdout)
-        for hole in done.holes:
-            print(f"{source}: {hole.pages} pages at {hole.address:#x} {hole.reason}: left out", file=sys.stderr)
+        if image.info.kind != "guest":
+            print("its mappings, and which of its pages KSM may merge, are not in it: a run on it counts them all")
+        _say_lost([(image.info.path, hole) for hole in done.holes])
     if done.holes:
         raise typer.Exit(EXIT_HOLES)

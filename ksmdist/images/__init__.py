@@ -43,8 +43,10 @@ __all__ = [
 FORMATS: tuple[Format, ...] = (ARROW, ELF, KDUMP, LIME, AVML, QEMU, CRIU, VMWARE, RAW)
 """All formats, in the order in which they are tried."""
 
+_INVENTORY = "a CRIU checkpoint's inventory"
+
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
-    (bytes.fromhex("16313158"), "a CRIU inventory: name its folder"),
+    (bytes.fromhex("16313158"), _INVENTORY),
     (b"QFI\xfb", "a qcow2 disk image"),
     (b"KDMV", "a VMDK disk image"),
     (b"PAR1", "a Parquet file"),
@@ -85,6 +87,8 @@ def open_image(
                 files.append(open_file(lower))
                 opened.callback(files[-1].close)
             image = open_layers([*files, file], page_size)
+        elif format == RAW.name and not unpacked:
+            image = open_layers([file], page_size, _mistaken(file))
         else:
             image = found.open(file, page_size)
         opened.pop_all()
@@ -111,6 +115,12 @@ def _unwrapped(file: ImageFile, unpacked: int) -> tuple[ImageFile, bytes]:
     """What a file holds, compressed or flattened, and the first bytes of that."""
     for _ in range(_LAYERS):
         head = file.read(0, _HEAD_BYTES)
+        if file.unpacked and len(head) < min(_HEAD_BYTES, file.nbytes):
+            raise ImageError(
+                "is compressed, and cannot be unpacked from its first byte on: it is damaged or truncated",
+                file.path,
+                "copy it again, or take the dump again",
+            )
         codec = codec_of(head)
         if codec:
             file = PackedFile(file, codec, unpacked)
@@ -129,6 +139,8 @@ def _format(file: ImageFile, head: bytes, forced: Format | None) -> Format:
             )
         return forced
     foreign = _foreign(head)
+    if foreign == _INVENTORY:
+        raise ImageError(f"is {foreign}, and has no pages", file.path, "name the folder that it is in")
     if foreign is not None:
         raise ImageError(
             f"is {foreign}, which this version does not read",
@@ -137,6 +149,14 @@ def _format(file: ImageFile, head: bytes, forced: Format | None) -> Format:
         )
     found = next(known for known in FORMATS if known.matches(head))
     return VMWARE if found is RAW and is_vmem(file.path) else found
+
+
+def _mistaken(file: ImageFile) -> tuple[str, ...]:
+    """A caveat where a file that is read as raw memory because the user says so starts with a known magic."""
+    head = file.read(0, _HEAD_BYTES)
+    name = next((known.name for known in FORMATS if known is not RAW and known.matches(head)), None)
+    what = name or codec_of(head) or ("flattened kdump" if head.startswith(FLATTENED) else _foreign(head))
+    return (f"starts like {what}, and is counted as raw memory, headers and all: leave --format out",) if what else ()
 
 
 def _foreign(head: bytes) -> str | None:

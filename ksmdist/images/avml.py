@@ -8,7 +8,7 @@ The chunks are found at opening, by their headers alone, and unpacked as their p
 unpacked, or has another checksum (CRC-32C) then, makes its pages holes.
 
 Raises ImageError: no header or chunk where one should be, chunks that do not add up to their range, more or smaller
-chunks than anything writes.
+chunks than anything writes, or more than MOST_RANGES ranges.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ksmdist.errors import ImageError
 from ksmdist.images.base import Format, Hole, Image, ImageInfo, joined_holes
 from ksmdist.images.extents import PIECES, Extents, PackedExtentImage, check_forward, content_array
 from ksmdist.images.files import ImageFile
-from ksmdist.images.lime import AVML_ZEROS, HEADER_BYTES, RUNNING, read_header
+from ksmdist.images.lime import AVML_ZEROS, HEADER_BYTES, MOST_RANGES, RUNNING, read_header
 from ksmdist.images.segments import Segments, cut_pages, holes_of
 from ksmdist.images.spans import clusters, read_spans
 from ksmdist.images.windows import Window
@@ -161,7 +161,7 @@ class _AvmlImage(PackedExtentImage):
             else:
                 pieces.append((offset, run.pages * size, to))
                 to += run.pages * size
-        start, nbytes, _ = np.array(pieces, np.int64).reshape(-1, 3).T
+        start, nbytes, to_batch = np.array(pieces, np.int64).reshape(-1, 3).T
         low = np.searchsorted(place, start, side="right") - 1
         high = np.searchsorted(place, start + nbytes, side="left")
         count = high - low
@@ -174,12 +174,18 @@ class _AvmlImage(PackedExtentImage):
         source = ends[row] + start - place[low]
         keep = np.ones(len(pages), bool)
         if not good.all():
-            bad = np.flatnonzero(~good)
-            for first, last in zip(place[wanted[bad]].tolist(), place[wanted[bad] + 1].tolist(), strict=True):
-                for at, length, to in pieces:
-                    if first < at + length and at < last:
-                        hit = to + max(first - at, 0), to + min(last - at, length)
-                        keep[hit[0] // size : -(-hit[1] // size)] = False
+            bad = wanted[~good]
+            first, last = place[bad], place[bad + 1]
+            lost_low = np.searchsorted(last, start, side="right")
+            lost = np.maximum(np.searchsorted(first, start + nbytes, side="left") - lost_low, 0)
+            piece = np.repeat(np.arange(len(start)), lost)
+            chunk = np.arange(len(piece)) - np.repeat(np.cumsum(lost) - lost - lost_low, lost)
+            begin = (to_batch[piece] + np.maximum(first[chunk] - start[piece], 0)) // size
+            end = -(-(to_batch[piece] + np.minimum(last[chunk] - start[piece], nbytes[piece])) // size)
+            steps = np.zeros(len(pages) + 1, np.int64)
+            np.add.at(steps, begin, 1)
+            np.add.at(steps, end, -1)
+            keep = np.cumsum(steps)[:-1] == 0
         if len(pieces) == 1:
             content = pa.py_buffer(data).slice(int(source[0]), int(nbytes[0]))
         else:
@@ -234,6 +240,8 @@ def _open(file: ImageFile, page_size: int) -> Image:
         if header.start == header.end:
             caveats.append(f"is cut off at byte {at}: what came after is not counted")
             break
+        if len(ranges) == MOST_RANGES:
+            raise ImageError(f"has more than {MOST_RANGES} ranges, more than anything writes", path, _HINT)
         place = walk.place[-1]
         at = walk.stream(at + HEADER_BYTES, header.end - header.start, file.nbytes) + _STREAM_BYTES
         ranges.append((header.start, header.end, place, header.start + walk.place[-1] - place))

@@ -27,6 +27,7 @@ __all__ = [
     "Pages",
     "joined_holes",
     "joined_ranges",
+    "lost_level",
     "page_batch",
     "runs_of",
 ]
@@ -154,6 +155,14 @@ class Format:
     name: str
     matches: Callable[[bytes], bool]
     open: Callable[[ImageFile, int], Image]
+
+
+def lost_level(*levels: str, lost: int, how: str) -> str:
+    """The filter level of what is made of an image of which `lost` pages could not be read. how: imported, exported."""
+    said = [level for level in levels if level]
+    if lost:
+        said.append(f"{lost:,} pages could not be read when it was {how}, and are not in it")
+    return "; ".join(dict.fromkeys(said))
 
 
 def runs_of(pages: np.ndarray) -> list[tuple[int, int]]:

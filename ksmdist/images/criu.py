@@ -36,8 +36,8 @@ _NO_MM = (
 _NONE_MARKED = "none of its mappings is marked mergeable: --eligible all counts as if they were"
 _SHMEM = "is memory that processes share: KSM never merges it, and no page of it counts"
 _PUNCHED = (
-    "{} has holes, which count as zero pages: `criu dedup` leaves one where a later checkpoint has the page, "
-    "a copying tool where it is zeros"
+    "{} has holes, in which {} of the pages lie: these count as zero pages; `criu dedup` leaves a hole where a later "
+    "checkpoint has the page, a copying tool where it is zeros"
 )
 _BEHIND = "pages-*.img has {} pages more than its pagemap names: these are not counted"
 
@@ -143,11 +143,21 @@ def _caveats(found: CheckpointPages, vmas: Vmas | None, name: str, pid: str | No
         caveats.append(_NONE_MARKED)
     if found.behind:
         caveats.append(_BEHIND.format(found.behind))
-    for pages in found.files:
-        data = pages.data_extents()
-        if int((data[:, 1] - data[:, 0]).sum()) + page_size <= pages.nbytes:
-            caveats.append(_PUNCHED.format(posixpath.basename(pages.path)))
+    for number, pages in enumerate(found.files):
+        punched = _punched(found.runs.some(found.runs.source == number), pages.data_extents(), page_size)
+        if punched:
+            caveats.append(_PUNCHED.format(posixpath.basename(pages.path), punched))
     return tuple(caveats)
+
+
+def _punched(runs: PlacedRuns, data: np.ndarray, page_size: int) -> int:
+    """How many pages of runs that are all in one file lie in holes of it; others are in a hole for good reason: those
+    of a parent that a later checkpoint has. data: byte ranges that are none, int64[n, 2], ascending."""
+    held = PlacedRuns.of(runs.place, runs.place + runs.last - runs.first, 0)
+    low, high = data[:, 0] // page_size, -(-data[:, 1] // page_size)
+    low[1:] = np.maximum(low[1:], high[:-1])  # a page with an end of one range and the start of the next
+    empty = held.outside(low[low < high], high[low < high])
+    return int((empty[:, 1] - empty[:, 0]).sum())
 
 
 CRIU = Format("criu", lambda head: head.startswith(PAGEMAP), _open)

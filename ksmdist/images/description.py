@@ -52,13 +52,19 @@ def _meaning(info: ImageInfo, lost: int) -> list[str]:
             "its producer left pages out or made some up: counts are of what is in the file, and KSM on the machine "
             "sees the rest too"
         )
-    if info.format == "raw" and (info.unpacked or "://" in info.path):
+    if info.base:
+        said.append("a hole in the file is memory that has not changed: it is as in the file below")
+    elif info.format == "raw" and (info.unpacked or "://" in info.path):
         said.append("holes of the file are not kept: memory that was never touched counts as zero pages")
     elif info.format == "raw":
         said.append("a hole in the file is memory that was never touched, which is absent, not zero")
+        if info.pages_absent:
+            said.append(
+                "if it is a Diff snapshot, a hole is memory that has not changed: give the file below as --base"
+            )
     if info.format == "raw" and info.span > _LOW_MEMORY:
         said.append("addresses are offsets in the file: of a PC guest those from 3 GiB on lie at 4 GiB and up")
     said += info.caveats
     if info.pages_absent and not info.filter_level:
         said.append("absent pages are in no count: they had no memory, or the image does not have them")
-    return said or ["every page of it is there: counts are of the whole memory"]
+    return said or ["no page was left out: counts are of the whole memory, if all of it can be read"]

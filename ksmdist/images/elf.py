@@ -140,7 +140,7 @@ def _read(file: ImageFile, page_size: int) -> Image:
         extents = without_file_holes(extents, file.data_extents(), page_size)
         absent += (before - int(extents.count.sum())) * page_size
     holes = holes_of(dumped, available, partial, page_size)
-    more = _said(ours) if ours else _producer(guest, names, offset, page_size)
+    more = _said(ours) if ours else _producer(guest, names, offset, page_size, _has_holes(file))
     info = ImageInfo.of(
         file,
         "elf",
@@ -160,17 +160,27 @@ def _said(ours: dict[str, Any]) -> dict[str, Any]:
     return {"absent": absent, "caveats": caveats} | {name: ours[name] for name in names}
 
 
-def _producer(guest: bool, names: set[bytes], offset: np.ndarray, page_size: int) -> dict[str, Any]:
+def _has_holes(file: ImageFile) -> bool:
+    """Whether a file has holes: one that was compressed or copied through a pipe has none any more."""
+    data = file.data_extents()
+    return int((data[:, 1] - data[:, 0]).sum()) < file.nbytes
+
+
+def _producer(guest: bool, names: set[bytes], offset: np.ndarray, page_size: int, has_holes: bool) -> dict[str, Any]:
     """What wrote the core and left out, as fields of ImageInfo.
 
     The kernel writes a process's pages at page-aligned offsets (fs/coredump.c, elf_core_dump); gdb's gcore does not,
-    and reads every page of a mapping to write it, those never touched too.
+    and reads every page of a mapping to write it, those never touched too. Through a pipe (systemd-coredump) the
+    kernel writes zeros for what it else skips (dump_skip).
     """
     if guest:
         return {"producer": "QEMU", "caveats": (NEVER_TOUCHED,)} if b"QEMU" in names else {}
     if bool((offset % np.uint64(page_size) != 0).any()):
         level = "gcore: memory that was never touched is in it as zeros, and counts as zero pages"
         return {"producer": "gcore", "filter_level": level}
+    if not has_holes:
+        level = "core without holes, as of systemd-coredump: memory that was never touched is in it as zeros"
+        return {"producer": "kernel", "filter_level": level}
     caveat = "a core of the kernel has no pages that were never touched, nor those that coredump_filter excludes"
     return {"producer": "kernel", "caveats": (caveat,)}
 

@@ -2,7 +2,7 @@
 
 A raw file has each page at its address and a hole for what is absent; the zero pages in it are written, since a hole
 would say that they were never touched. An ELF core (System V ABI, chapter 5) has a PT_LOAD for each run of pages, at
-page-aligned offsets, its program headers at its end, and a note of ksmdist's with what Arrow's metadata would say.
+page-aligned offsets, and at its end a note of ksmdist's with what Arrow's metadata would say, and the program headers.
 Pages without bytes of their own (swapped, mapped to the zero page) and holes are in neither.
 
 Raises ImageError: addresses that a raw file cannot have.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from ksmdist.columns import present, values
 from ksmdist.errors import ImageError
-from ksmdist.images.base import Hole, Image, ImageInfo, joined_ranges
+from ksmdist.images.base import Hole, Image, ImageInfo, joined_ranges, lost_level
 
 __all__ = ["NOTE_NAME", "Exported", "export_elf", "export_raw", "note_fields"]
 
@@ -76,10 +76,7 @@ def export_raw(image: Image, sink: BinaryIO) -> Exported:
 def export_elf(image: Image, sink: BinaryIO) -> Exported:
     """Write a core: of a guest by p_paddr, of all else by p_vaddr. sink: an empty, seekable file."""
     info, done = image.info, Exported()
-    text = json.dumps(note_fields(info), sort_keys=True).encode()
-    name = NOTE_NAME + b"\0"
-    note = struct.pack("<III", len(name), len(text), 1) + name + text + bytes(-len(text) % 4)
-    data_at = -(-(_HEADER.size + len(note)) // info.page_size) * info.page_size
+    data_at = info.page_size
     start: list[int] = []
     nbytes: list[int] = []
     sink.seek(data_at)
@@ -90,23 +87,30 @@ def export_elf(image: Image, sink: BinaryIO) -> Exported:
             start.append(stretch.address)
             nbytes.append(stretch.nbytes)
         sink.write(stretch.data)
+    lost = sum(hole.pages for hole in done.holes)
+    level = lost_level(info.filter_level, lost=lost, how="exported")
+    fields = note_fields(replace(info, filter_level=level, pages_absent=info.pages_absent + lost))
+    text = json.dumps(fields, sort_keys=True).encode()
+    name = NOTE_NAME + b"\0"
+    note = struct.pack("<III", len(name), len(text), 1) + name + text + bytes(-len(text) % 4)
+    note_at = data_at + sum(nbytes)
     segments = np.zeros(len(start) + 1, _SEGMENT)
     segments["type"], segments["flags"], segments["a"] = 1, 4, info.page_size
     segments["p" if info.kind == "guest" else "v"][1:] = np.array(start, np.uint64)
     segments["f"][1:] = segments["m"][1:] = np.array(nbytes, np.uint64)
     segments["o"][1:] = data_at + np.cumsum([0, *nbytes])[:-1]
-    segments[0] = (4, 0, _HEADER.size, 0, 0, len(note), len(note), 4)
-    table_at = data_at + sum(nbytes)
+    segments[0] = (4, 0, note_at, 0, 0, len(note), len(note), 4)
+    table_at = note_at + -(-len(note) // 8) * 8
     many = len(segments) >= _PN_XNUM
     section_at = table_at + segments.nbytes if many else 0
-    sink.write(segments.tobytes())
+    sink.write(note.ljust(table_at - note_at, b"\0") + segments.tobytes())
     if many:  # elf(5): the number of program headers is in sh_info of section 0
         sink.write(struct.pack("<IIQQQQIIQQ", 0, 0, 0, 0, 0, 0, 0, len(segments), 0, 0))
     phnum = _PN_XNUM if many else len(segments)
     ident = b"\x7fELF\2\1\1" + bytes(9)
     head = _HEADER.pack(ident, 4, 62, 1, 0, table_at, section_at, 0, 64, 56, phnum, 64, int(many), 0)
     sink.seek(0)
-    sink.write(head + note)
+    sink.write(head)
     return done
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from ksmdist.errors import ImageError
 from ksmdist.images.base import BATCH_BYTES, Hole, Image, ImageInfo, joined_holes, joined_ranges, page_batch, runs_of
-from ksmdist.images.files import ImageFile, LocalFile
+from ksmdist.images.files import ImageFile, LocalFile, Resumable
 from ksmdist.images.joined import Stretch, join_pages
 from ksmdist.images.packed import PackedFile
 from ksmdist.images.stores import StoredFile
@@ -291,17 +291,14 @@ class PackedExtentImage(_ExtentPages):
         for run in runs:
             file, offset = self._source(run)
             nbytes = run.pages * size
-            data: bytes | memoryview
             if offset <= FILLED:
-                data = bytes([FILLED - offset]) * nbytes
+                parts.append(bytes([FILLED - offset]) * nbytes)
             elif offset == PIECES:
                 data = b"".join(self._files[file].read(*piece) for piece in self._extents.pieces[run.extent])
+                keep[at] = len(data) == size
+                parts.append(data if keep[at] else b"")
             else:
-                source = self._files[file]
-                data = source.view(offset, nbytes) if isinstance(source, PackedFile) else source.read(offset, nbytes)
-            whole = len(data) // size
-            parts.append(data if len(data) == nbytes else data[: whole * size])
-            keep[at + whole : at + run.pages] = False
+                parts += self._whole_pages(self._files[file], offset, keep[at : at + run.pages])
             at += run.pages
         pages = self._pages(runs)
         if keep.any():
@@ -309,6 +306,27 @@ class PackedExtentImage(_ExtentPages):
             content = content_array(pa.py_buffer(joined), int(keep.sum()), size)
             yield self._batch(pages[keep], content, runs, keep)
         yield from joined_holes(pages[~keep], size, "damaged")
+
+    def _whole_pages(self, file: ImageFile, offset: int, keep: np.ndarray) -> Iterator[bytes | memoryview]:
+        """The bytes of those pages that are readable, of len(keep) at `offset`; the others are made False in `keep`.
+
+        What follows a page that is not is asked for again: wherever a batch ends, the same pages are readable.
+        """
+        size, at = self.info.page_size, 0
+        while at < len(keep):
+            start, nbytes = offset + at * size, (len(keep) - at) * size
+            data = file.view(start, nbytes) if isinstance(file, PackedFile) else file.read(start, nbytes)
+            whole = len(data) // size
+            if whole:
+                yield data if len(data) == whole * size else data[: whole * size]
+            at += whole
+            if at < len(keep):
+                start = offset + at * size
+                on = file.resume(start) if isinstance(file, Resumable) else start
+                # The page with the byte that reading goes on at has others before it.
+                after = max(at + 1, -(-(on - offset) // size))
+                keep[at:after] = False
+                at = after
 
 
 _JUMPS = 64

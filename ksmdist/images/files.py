@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import stat
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from weakref import finalize
 
 import numpy as np
@@ -15,7 +16,16 @@ from ksmdist.errors import ImageError, ImageReadError, SettingsError
 from ksmdist.images.stores import StoredFile
 from ksmdist.images.uris import is_uri, local_path, parse_uri
 
-__all__ = ["ImageFile", "LocalFile", "changed", "is_changed", "open_beside", "open_file", "path_beside"]
+__all__ = [
+    "ImageFile",
+    "LocalFile",
+    "Resumable",
+    "changed",
+    "is_changed",
+    "open_beside",
+    "open_file",
+    "path_beside",
+]
 
 
 class ImageFile(Protocol):
@@ -54,6 +64,14 @@ class ImageFile(Protocol):
         """Let it go."""
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """A file of which parts may be damaged or unknown, and what follows them be whole."""
+
+    def resume(self, offset: int) -> int:
+        """First byte from `offset` on at which reading may go on, where the byte at `offset` cannot be read."""
+
+
 class LocalFile:
     """A regular file, open for reading as the descriptor `fd`; raises ImageReadError."""
 
@@ -61,19 +79,21 @@ class LocalFile:
 
     def __init__(self, path: str) -> None:
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait
         except OSError as error:
             raise ImageReadError(
                 f"cannot be opened: {os.strerror(error.errno or 0)}", path, "check the path and the permissions"
             ) from None
         self._close = finalize(self, os.close, self.fd)  # a worker's cache of images lets them go without close()
-        if not os.path.isfile(path):
+        status = os.fstat(self.fd)
+        if not stat.S_ISREG(status.st_mode):
             self.close()
-            raise ImageReadError("is not a regular file", path, "name the image files themselves")
-        stat = os.fstat(self.fd)
+            raise ImageReadError(
+                "is not a regular file", path, "name the image files themselves; save first what comes through a pipe"
+            )
         self.path = path
-        self.nbytes = self.disk_nbytes = stat.st_size
-        self.fingerprint = _fingerprint(stat)
+        self.nbytes = self.disk_nbytes = status.st_size
+        self.fingerprint = _fingerprint(status)
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """Bytes from `offset` on: `nbytes`, or as many as there are."""
@@ -108,8 +128,8 @@ class LocalFile:
         self._close()
 
 
-def _fingerprint(stat: os.stat_result) -> str:
-    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
+def _fingerprint(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}-{status.st_ino}"
 
 
 def is_changed(path: str, fingerprint: str) -> bool:

@@ -91,6 +91,11 @@ class FlattenedFile:
             end = min(end, int(self._run_end[run])) if run >= 0 else offset
         return bytes(self.read_spans([(offset, end - offset)])[0]) if offset < end else b""
 
+    def resume(self, offset: int) -> int:
+        """See Resumable: past what no record has."""
+        run = int(np.searchsorted(self._run_end, offset, side="right"))
+        return max(offset, int(self._run_start[run])) if run < len(self._run_start) else self.nbytes
+
     def read_spans(self, spans: Sequence[tuple[int, int]], stop: Event | None = None) -> list[memoryview]:
         """The bytes of each (offset, nbytes), not known ones as zeros; see holds()."""
         start = np.array([offset for offset, _ in spans], np.int64)

@@ -73,22 +73,26 @@ class _LocalFolders:
 
     def list(self, path: str, deep: bool = False) -> Sequence[Entry]:
         found: list[Entry] = []
-        try:
-            with os.scandir(path or ".") as items:
-                inside = list(items)
-        except (FileNotFoundError, NotADirectoryError):
-            return found
-        except OSError as error:
-            raise ImageReadError(
-                f"cannot be listed: {os.strerror(error.errno or 0)}", path, "check the permissions"
-            ) from None
-        for item in inside:
-            is_folder, size = item.is_dir(), -1
-            with suppress(OSError):  # gone since
-                size = item.stat().st_size if item.is_file() else -1
-            found.append(Entry(f"{path.rstrip('/')}/{item.name}" if path else item.name, is_folder, size))
-            if deep and is_folder and not item.is_symlink():  # a link may lead back up
-                found += self.list(found[-1].path, True)
+        todo = [path]
+        while todo:  # no recursion: folders may lie deeper than calls
+            folder = todo.pop()
+            try:
+                with os.scandir(folder or ".") as items:
+                    inside = list(items)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise ImageReadError(
+                    f"cannot be listed: {os.strerror(error.errno or 0)}", folder, "check the permissions"
+                ) from None
+            for item in inside:
+                is_folder, size = False, -1
+                with suppress(OSError):  # gone since, or a link that leads to itself
+                    is_folder = item.is_dir()
+                    size = item.stat().st_size if item.is_file() else -1
+                found.append(Entry(f"{folder.rstrip('/')}/{item.name}" if folder else item.name, is_folder, size))
+                if deep and is_folder and not item.is_symlink():  # a link may lead back up
+                    todo.append(found[-1].path)
         return found
 
     def heads(self, entries: Sequence[Entry]) -> Iterator[bytes]:

@@ -173,7 +173,11 @@ def _open(file: ImageFile, page_size: int) -> Image:
         if not len(present):
             raise ImageError("is a kdump with no pages in it", file.path, "take the dump again, with a lower -d")
         image = KdumpImage(
-            _info(files, header, present, len(dumped), absent, True in shared), pieces, present, dumped, known
+            _info(files, header, present, len(dumped), absent, True in shared, _of_other_pieces(pieces, dumped)),
+            pieces,
+            present,
+            dumped,
+            known,
         )
         if all(other is not file for other, _ in files):  # it was given by another name
             file.close()
@@ -188,10 +192,13 @@ def _info(
     dumped: int,
     absent: int,
     shared: bool,
+    missing: int,
 ) -> ImageInfo:
     caveats = [NEVER_TOUCHED] if header.producer == "QEMU" else []
     if header.dump_level == 1 and not absent and len(present) > dumped:
         caveats.append("its zero pages were left out, and are counted as zero pages: level 1 leaves out no others")
+    if missing:
+        caveats.append(f"{missing:,} of its pages are in pieces of the split dump that are not beside it")
     if header.incomplete:
         caveats.append("makedumpfile had no space for all of it")
     if header.erased:
@@ -252,6 +259,11 @@ def _pieces(files: Sequence[tuple[ImageFile, KdumpHeader]], dumped: PageBitmap) 
         found.append(KdumpPiece(file, header, first, last - first))
         end = max(end, stop)
     return found
+
+
+def _of_other_pieces(pieces: Sequence[KdumpPiece], dumped: PageBitmap) -> int:
+    """Pages that were dumped to pieces of which none is here."""
+    return len(dumped) - sum(piece.count for piece in pieces)
 
 
 def _whole(file: ImageFile, header: KdumpHeader) -> list[tuple[ImageFile, KdumpHeader]]:

@@ -3,10 +3,11 @@
 Rules: LiME's src/lime.h (lime_mem_range_header) and src/main.c. A header is 32 bytes, little-endian: magic, version,
 first and last byte's address, 8 reserved; the range's bytes follow, then the next header. Ranges may come in any
 order, begin and end within pages, and overlap: a page counts once, from the range that starts lowest. What LiME could
-not read of a page it writes as zeros. AVML writes this format too, in blocks of 16 MiB, of which it leaves out those
-that are all zeros (AVML's src/image.rs, copy_if_nonzero).
+not read, or not in time, it writes as zeros. AVML writes this format too, in blocks of 16 MiB, of which it leaves out
+those that are all zeros (AVML's src/image.rs, copy_if_nonzero): a range of that very length is taken for one of them.
 
-Raises ImageError: no header where one should be, another version, a range that ends before it begins or at 2**64.
+Raises ImageError: no header where one should be, another version, a range that ends before it begins or at 2**64,
+more than MOST_RANGES of them.
 """
 
 from __future__ import annotations
@@ -24,13 +25,18 @@ from ksmdist.images.files import ImageFile
 from ksmdist.images.segments import Segments, cut_pages, holes_of
 from ksmdist.images.windows import Window
 
-__all__ = ["AVML_ZEROS", "HEADER_BYTES", "LIME", "RUNNING", "Header", "read_header"]
+__all__ = ["AVML_ZEROS", "HEADER_BYTES", "LIME", "MOST_RANGES", "RUNNING", "Header", "read_header"]
 
 RUNNING = "was taken while the machine ran: its pages are of different moments"
 """Caveat of what a machine writes of itself."""
 
+_LIME_ZEROS = "what LiME could not read, or not within its timeout, is in it as zeros, and counts as zero pages"
+
 AVML_ZEROS = "AVML: blocks of 16 MiB, and shorter ranges, that are all zeros are left out"
 """ImageInfo.filter_level of what AVML writes."""
+
+MOST_RANGES = 1 << 20
+"""Ranges in a file: AVML has one for each 16 MiB, 16 TiB in all. Of a byte each, so many take 0.5 GB to index."""
 
 HEADER_BYTES = 32
 _MAGIC, _VERSION = b"EMiL", 1
@@ -85,6 +91,8 @@ def _open(file: ImageFile, page_size: int) -> Image:
         add_start(header.start)
         add_end(header.end)
         add_offset(data_at)
+        if len(columns[0]) > MOST_RANGES:
+            raise ImageError(f"has more than {MOST_RANGES} ranges, more than anything writes", path, _HINT)
         at = data_at + header.end - header.start
         add_there(header.start + max(0, min(at, nbytes) - data_at))
     start, end, offset, there = (np.frombuffer(column, np.uint64) for column in columns)
@@ -93,7 +101,7 @@ def _open(file: ImageFile, page_size: int) -> Image:
     available = dumped.up_to(there, page_size).disjoint()
     extents, partial = cut_pages(available, page_size)
     holes = holes_of(dumped.disjoint(), available, partial, page_size)
-    in_blocks = bool(((end[:-1] == start[1:]) & (end[:-1] - start[:-1] == _BLOCK_BYTES)).any())
+    in_blocks = bool((end - start == _BLOCK_BYTES).any())
     info = ImageInfo.of(
         file,
         "lime",
@@ -103,7 +111,7 @@ def _open(file: ImageFile, page_size: int) -> Image:
         0,
         producer="AVML" if in_blocks else "LiME",
         filter_level=AVML_ZEROS if in_blocks else "",
-        caveats=tuple(caveats),
+        caveats=(*caveats, *(() if in_blocks else (_LIME_ZEROS,))),
     )
     return extent_image([file], info, extents, tuple(holes))
 

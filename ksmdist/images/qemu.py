@@ -4,7 +4,8 @@ Pages of RAM blocks become pages at guest-physical addresses, as in dump-guest-m
 Records of the stream are read by qemu_stream, places of blocks are known by qemu_blocks; mapped-ram has a bitmap and
 then all pages of a block: docs/devel/migration/mapped-ram.rst. A page that was sent again counts as it was last.
 
-Raises ImageError as qemu_stream and libvirt do, and for a stream whose blocks would lie past the end of memory.
+Raises ImageError as qemu_stream and libvirt do, and for a stream with no RAM, or with more runs of pages than can be
+indexed.
 """
 
 from __future__ import annotations
@@ -15,19 +16,17 @@ import numpy as np
 
 from ksmdist.errors import ImageError
 from ksmdist.images.base import NEVER_TOUCHED, Format, Hole, Image, ImageInfo
-from ksmdist.images.extents import FILLED, Extents, extent_image
+from ksmdist.images.extents import FILLED
 from ksmdist.images.files import ImageFile
 from ksmdist.images.libvirt import LIBVIRT, SavedDomain, saved_domain
 from ksmdist.images.qemu_blocks import Part, is_device, placed
 from ksmdist.images.qemu_stream import MAGIC, MappedBlock, RamStream, read_stream
-from ksmdist.images.scattered import PageRuns, joined, scattered_image
+from ksmdist.images.scattered import MOST_RUNS, PageRuns, joined, scattered_image
 
 __all__ = ["QEMU"]
 
 _BITMAP_BYTES = 1 << 20  # of a bitmap, read and looked at together
 _MOST_HOLES = 1 << 20  # migration begins with all pages in order: what is cut off has few
-_MOST_ADDRESS = 1 << 62
-_LONG_RUNS = 256  # pages: where runs are longer on average they are mapped, which copies nothing
 _FREE = "pages that the guest had said are free, or memory that was unplugged, are not in it"
 _SHARED = "RAM in files that are shared is not in it (x-ignore-shared)"
 
@@ -42,8 +41,6 @@ def _open(file: ImageFile, page_size: int) -> Image:
     parts = placed(stream.machine, stream.blocks)
     if not parts:
         raise ImageError("has no RAM but of devices", file.path, "migrate the guest to a file again")
-    if any(part.address + part.end - part.start > _MOST_ADDRESS for part in parts):
-        raise ImageError("has blocks of RAM past the end of memory", file.path, "migrate the guest to a file again")
     regions = sorted({part.block for part in parts})
     shared = {number for number in regions if _is_shared(stream, number)}
     if len(shared) == len(regions):
@@ -81,9 +78,6 @@ def _open(file: ImageFile, page_size: int) -> Image:
         regions=tuple(stream.blocks[number].name for number in regions),
         caveats=_caveats(stream, saved, page_size),
     )
-    if stream.mapped and runs.pages > _LONG_RUNS * len(runs):
-        extents = Extents(runs.page, runs.count, runs.offset, region=runs.region)
-        return extent_image([file], info, extents, tuple(holes))
     return scattered_image(file, info, runs, tuple(holes))
 
 
@@ -130,7 +124,8 @@ def _pages(
         block, region = stream.blocks[part.block], regions.index(part.block)
         if stream.mapped:
             if part.block not in mapped:
-                mapped[part.block] = _mapped(file, stream, part.block)
+                room = MOST_RUNS - sum(len(runs) for runs in mapped.values())
+                mapped[part.block] = _mapped(file, stream, part.block, room)
             runs = mapped[part.block].cut(first, last).moved(page - first, region)
         else:
             runs = stream.records.cut(block.key + first, block.key + last)
@@ -140,11 +135,12 @@ def _pages(
     return joined(found), gaps
 
 
-def _mapped(file: ImageFile, stream: RamStream, number: int) -> PageRuns:
+def _mapped(file: ImageFile, stream: RamStream, number: int, most: int) -> PageRuns:
     """The pages of a block of mapped-ram, numbered from its start on.
 
     A bit that is clear is a page of zeros, or one that was never touched; where RAM has not ended it says nothing,
-    since the bitmaps are written last (ram_save_file_bmap).
+    since the bitmaps are written last (ram_save_file_bmap). Raises ImageError for more than `most` runs: a bitmap has
+    one for each of its bits, of 36 bytes.
     """
     size, where = stream.page_size, stream.mapped[number]
     if where == MappedBlock(0, 0):
@@ -168,6 +164,13 @@ def _mapped(file: ImageFile, stream: RamStream, number: int) -> PageRuns:
             np.zeros(len(page), np.int32),
         )
         found.append(runs if stream.ended else runs.take(there))
+        most -= len(found[-1])
+        if most < 0:
+            raise ImageError(
+                f"has its pages in more than {MOST_RUNS} runs, more than an index of them may take of memory",
+                file.path,
+                "dump the guest as ELF instead",
+            )
     return joined(found)
 
 

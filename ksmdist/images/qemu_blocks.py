@@ -1,7 +1,8 @@
 """RAM blocks of a QEMU guest, and where they lie in its physical memory: a stream has their names, not addresses.
 
 Rules: hw/i386/pc_piix.c (pc_init1) and hw/i386/pc_q35.c (pc_q35_init): RAM of a PC is split below 4 GiB;
-hw/i386/pc.c (pc_get_device_memory): DIMMs from the next GiB on; hw/arm/virt.c, hw/riscv/virt.c: where RAM begins.
+hw/i386/microvm.c (microvm_memory_init): at 3 GiB; hw/i386/pc.c (pc_get_device_memory): DIMMs from the next GiB on;
+hw/arm/virt.c, hw/riscv/virt.c: where RAM begins.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ def _low(machine: str, name: str, nbytes: int) -> tuple[int, int]:
     if machine == "pc" or machine.startswith(("pc-i440fx", "pc-0.", "pc-1.", "isapc")):
         split = 0xE0000000 if re.match(r"pc-(i440fx-)?[01]\.", machine) else 0xC0000000  # gigabyte_align: 2.0
         return 0, split if nbytes >= 0xE0000000 else nbytes
+    if machine == "microvm":
+        return 0, min(nbytes, 0xC0000000)
     if _ARM.match(machine) and "m68k" not in name:
         return _GIB, nbytes
     return _BASES.get(name, 0), nbytes

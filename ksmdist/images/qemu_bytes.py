@@ -107,7 +107,9 @@ class StreamBytes:
         try:
             got = os.preadv(file.fd, [target], start)
         except OSError:
-            got = len(file.read(start, nbytes))  # which raises, and says why
+            data = file.read(start, nbytes)  # which raises, and says why; if not, it has what is there
+            got = len(data)
+            target[:got] = data
         return memoryview(self._buffer)[: len(kept) + got]
 
     def _stored(self, file: StoredFile, start: int, nbytes: int, goes_on: bool) -> bytes:

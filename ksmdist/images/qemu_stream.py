@@ -34,7 +34,8 @@ _SWITCH_OFF = {_XBZRLE: "xbzrle", _COMPRESS_PAGE: "compress", _HOOK: "rdma-pin-a
 _MOST_BLOCKS = 4096  # a guest has its RAM, DIMMs (256 at most) and a few of each device
 _MOST_NAME = 256
 _MOST_CAPABILITIES = 256
-_MOST_BYTES = 1 << 62
+_MOST_BYTES = 1 << 62  # of a file
+_MOST_RAM = 1 << 46  # what x86-64 addresses with four levels of tables; a sparse file may claim any number
 _LONGEST = 8 + 1 + 255  # a record's header
 _MOST_PARTS = 1 << 20  # of the RAM section, one each 50 ms (MAX_WAIT), and commands between them
 
@@ -230,7 +231,7 @@ class _Reader:
     def _list(self, total: int) -> None:
         """The record MEM_SIZE: the blocks. ram_save_setup, migration/ram.c."""
         stream, found = self._bytes, self._found
-        if found.blocks or total > _MOST_BYTES:
+        if found.blocks or total > _MOST_RAM:
             raise self._broken(f"lists {total} bytes of RAM at byte {stream.at}, or blocks a second time")
         names: dict[bytes, RamBlock] = {}
         found.left, key = total, 0

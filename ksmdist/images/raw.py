@@ -18,11 +18,11 @@ from ksmdist.images.segments import Segments, uncovered
 __all__ = ["RAW", "open_layers"]
 
 
-def open_layers(files: Sequence[ImageFile], page_size: int) -> Image:
+def open_layers(files: Sequence[ImageFile], page_size: int, caveats: tuple[str, ...] = ()) -> Image:
     """A raw image, or one laid over others: a page is that of the last file that has data there, not a hole.
 
     So a Firecracker Diff snapshot is read: a hole in it is a page that has not changed since the file below.
-    files: the lowest first, all of one size. Raises ImageError.
+    files: the lowest first, all of one size; caveats: to say besides. Raises ImageError.
     """
     top = files[-1]
     path, nbytes = top.path, top.nbytes
@@ -60,7 +60,7 @@ def open_layers(files: Sequence[ImageFile], page_size: int) -> Image:
         order = np.argsort(start)
         start, end, number = start[order], end[order], number[order]
     present = int((end - start).sum())
-    caveats = tuple(
+    caveats += tuple(
         f"{file.path} has no hole: if it was copied without them, its zero pages are unchanged memory"
         for file in files[1:]
         if len(file.data_extents()) == 1 and int(np.diff(file.data_extents()[0])[0]) == nbytes

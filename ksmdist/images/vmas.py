@@ -166,7 +166,8 @@ def _file_names(file: ImageFile) -> dict[int, str]:
                     fields = _fields(_text(_fields(entry), _REG) if name == "files.img" else entry)
                     number, text = fields.get(_ID), _text(fields, _NAME)
                     if isinstance(number, int) and text:
-                        found[number] = bytes(text).decode("utf-8", "replace")
+                        shown = bytes(text).decode("utf-8", "replace")
+                        found[number] = "".join(letter if letter.isprintable() else "?" for letter in shown)
             except (ValueError, ImageError):
                 continue
     return found

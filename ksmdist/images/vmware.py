@@ -15,6 +15,7 @@ a .vmsn; structures past the end of the file; regions that lack a number, reach 
 from __future__ import annotations
 
 import posixpath
+import re
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
@@ -36,6 +37,7 @@ _MAGICS = tuple(
 )
 _METADATA = (".vmss", ".vmsn")
 _VMEM = ".vmem"
+_PACKED = re.compile(r"\.(?:gz|zstd?|xz|lz4)$")
 _UNIT = 4096  # bytes of a page of VMware's
 _GROUP_BYTES, _NAME_BYTES = 80, 64
 _MOST_GROUPS, _MOST_TAGS = 4096, 1 << 17  # real files have some hundreds of each
@@ -50,8 +52,8 @@ _IN_NONE = "{} pages of {} are in no region of the guest's memory, and not count
 
 
 def is_vmem(path: str) -> bool:
-    """Whether a file is VMware's memory, by its name: it has no magic."""
-    return _name(path).endswith(_VMEM)
+    """Whether a file is VMware's memory, compressed or not, by its name: it has no magic."""
+    return _unpacked_name(path).endswith(_VMEM)
 
 
 def vmem_of(name: str) -> str:
@@ -63,6 +65,10 @@ def vmem_of(name: str) -> str:
 def _name(path: str) -> str:
     local = local_path(path)
     return posixpath.basename(parse_uri(path).path if local is None else local)
+
+
+def _unpacked_name(path: str) -> str:
+    return _PACKED.sub("", _name(path))
 
 
 @dataclass(slots=True)
@@ -182,7 +188,7 @@ def _image(
 
 def _open_vmem(memory: ImageFile, page_size: int) -> Image:
     """The image of a .vmem file, which it takes over."""
-    stem = _name(memory.path).removesuffix(_VMEM)
+    stem = _unpacked_name(memory.path).removesuffix(_VMEM)
     with ExitStack() as opened:
         beside = [open_sibling(memory, stem + ending) for ending in _METADATA]
         metadata = [opened.enter_context(closing(file)) for file in beside if file is not None]

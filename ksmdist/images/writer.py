@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 
 from ksmdist.errors import ImageError
-from ksmdist.images.base import Hole, Pages
-from ksmdist.tables import MEMORY_IMAGE
+from ksmdist.images.base import Hole, ImageInfo, Pages, lost_level, page_batch
+from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
 
 __all__ = ["write_image"]
 
@@ -27,19 +28,21 @@ def write_image(
 
     producer, host, tenant: instead of what the sources say.
     The sources' addresses must not interleave: they are laid one after the other by first address.
-    Unreadable pages get no row. Raises ImageError where two sources hold the same address, or where
+    What is known at opening to be unreadable gets no row, and the image says how much it was; a page found so while
+    it is read gets a row flagged `unreadable`. Raises ImageError where two sources hold the same address, or where
     several name regions.
     """
     ordered = sorted(sources, key=_first_address) if len(sources) > 1 else list(sources)
     first = ordered[0].info
     if len(ordered) > 1 and any(source.info.regions for source in ordered):
         raise ImageError("names regions, so it cannot be joined with other sources", first.path, "import it by itself")
-    absent = sum(source.info.pages_absent for source in sources)
+    lost = sum(hole.pages for source in sources for hole in source.holes)
+    absent = sum(source.info.pages_absent for source in sources) + lost
     infos = [source.info for source in ordered]
     origin = {
         "format": first.format,
         "producer": producer or first.producer,
-        "filter_level": "; ".join(dict.fromkeys(info.filter_level for info in infos if info.filter_level)),
+        "filter_level": lost_level(*(info.filter_level for info in infos), lost=lost, how="imported"),
         "pages_excluded": sum(info.pages_excluded for info in infos),
         "span": max(info.span for info in infos),
         "caveats": list(dict.fromkeys(caveat for info in infos for caveat in info.caveats)),
@@ -68,9 +71,9 @@ def write_image(
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for source in ordered:
             for item in source.batches(0, source.info.pages):
-                if isinstance(item, Hole):
+                if isinstance(item, Hole):  # found after the metadata was written: only rows can tell of it
                     holes.append((source.info.path, item))
-                    continue
+                    item = _unreadable(item, source.info)
                 address = int(item.column("address")[0].as_py())
                 if address <= before:
                     raise ImageError(
@@ -82,6 +85,15 @@ def write_image(
                 # Fields that may be null by the schema of another writer's file, and are not.
                 writer.write_batch(pa.RecordBatch.from_arrays(item.columns, schema=schema))
     return holes
+
+
+def _unreadable(hole: Hole, info: ImageInfo) -> pa.RecordBatch:
+    """Rows of pages that could not be read: as `ksmdist capture` has them."""
+    pages = np.arange(hole.pages, dtype=np.int64) + hole.address // info.page_size
+    region = np.full(hole.pages, -1, np.int32) if info.regions else None  # an Arrow file has one dictionary
+    flags = np.full(hole.pages, PAGE_FLAGS["eligible"] | PAGE_FLAGS["unreadable"], np.uint32)
+    nothing = pa.nulls(hole.pages, MEMORY_IMAGE.schema.field("content").type)
+    return page_batch(pages, nothing, info.page_size, flags, region, info.regions)
 
 
 def _first_address(image: Pages) -> int:

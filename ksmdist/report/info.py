@@ -14,12 +14,15 @@ def render_info(found: Mapping[str, Any], out: TextIO) -> None:
     """Print an image. found: as images.description.describe() gives it."""
     size = found["page_size"]
     packed = f", {format_bytes(found['unpacked'])} unpacked" if found["unpacked"] else ""
+    excluded = f"{found['pages_excluded']:,} of the absent ones"
+    if found["filter_level"] and not found["pages_excluded"]:
+        excluded = "not known: the image does not say how many"
     lines = [
         ("format", f"{found['format']} of a {found['kind']}" + (f", by {found['producer']}" * bool(found["producer"]))),
         ("size", f"{format_bytes(found['nbytes'])}{packed}; pages of {size:,} bytes"),
         ("present", f"{found['pages']:,} pages, {format_bytes(found['pages'] * size)}"),
         ("absent", f"{found['pages_absent']:,} pages"),
-        ("excluded", f"{found['pages_excluded']:,} of the absent ones"),
+        ("excluded", excluded),
         ("filter", found["filter_level"] or "none"),
     ]
     lines += [(name, found[name]) for name in ("image_id", "host", "tenant") if found[name]]

@@ -32,6 +32,7 @@ MAX_ROWS = 20
 """Rows of a table that grows with the input; the rest is in the run directory."""
 
 _NAMED = 3  # of many images
+_LEVEL = 300  # characters of a filter level, which an Arrow image chooses
 
 
 def format_bytes(nbytes: float) -> str:
@@ -193,7 +194,11 @@ def filtered_lines(filtered: Sequence[Mapping[str, Any]]) -> list[str]:
         more = f" and {len(images) - _NAMED:,} more" if len(images) > _NAMED else ""
         pages = sum(image["excluded"] for image in images)
         known = f" ({pages:,} pages)" if pages else ""
-        lines.append(f"FILTERED: {names}{more}: {printable(level)}{known}; what is counted is not the whole memory.")
+        said = printable(level, _LEVEL)
+        lines.append(f"FILTERED: {names}{more}: {said}{known}; what is counted is not the whole memory.")
+    if len(lines) > MAX_ROWS:
+        rest = sum(len(images) for images in list(by_level.values())[MAX_ROWS:])
+        lines[MAX_ROWS:] = [f"FILTERED: {rest:,} images more, each in its own way; table images has them all."]
     return lines
 
 
@@ -265,6 +270,8 @@ def render(
         to.out(f"... and {len(images) - MAX_ROWS:,} images more, in images.parquet and ksm_stat.parquet")
     for caveat in caveats[:MAX_ROWS]:
         to.out(printable(f"note: {caveat}"))
+    if len(caveats) > MAX_ROWS:
+        to.out(f"... and {len(caveats) - MAX_ROWS:,} notes more; run.json has them all")
     holes = summary["holes"]
     if holes["pages"]:
         to.out(

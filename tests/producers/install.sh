@@ -5,7 +5,7 @@
 # $KSMDIST_PRODUCERS, or ~/.cache/ksmdist/producers.
 set -eu
 export DEBIAN_FRONTEND=noninteractive
-cache=${KSMDIST_PRODUCERS:-${XDG_CACHE_HOME:-$HOME/.cache}/ksmdist/producers}
+cache=${KSMDIST_PRODUCERS:-$HOME/.cache/ksmdist/producers}
 mkdir -p "$cache"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
