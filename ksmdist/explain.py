@@ -28,7 +28,7 @@ ADVICE: Mapping[str, str] = {
     "hugetlb": "in hugetlbfs: MADV_MERGEABLE silently does nothing",
     "special": "in a mapping that KSM refuses (VM_IO, VM_PFNMAP, VM_MIXEDMAP, VM_DONTEXPAND, VM_DROPPABLE)",
     "swapped": "swapped out: KSM does not bring it back",
-    "absent": "not in the image, which does not say why: untouched, filtered out, or a hole",
+    "absent": "not in the image: never touched, left out by its producer, or a hole",
 }
 """Every reason, in the order in which they are shown, and what it means."""
 

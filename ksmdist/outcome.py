@@ -174,12 +174,7 @@ class Outcome:
                 "pages": int(sharing.of_images("unreadable").sum()),
                 "images": [image.image_id for image in self.opened if not image.reached],
             },
-            "filtered": [
-                {"image_id": image.image_id, "filter_level": image.info.filter_level}
-                | {"excluded": image.info.pages_excluded}
-                for image in self.opened
-                if image.info.filter_level
-            ],
+            "filtered": scanned.filtered_images(self.opened),
             "settings": self.settings.as_dict(),
             "zero_colors": self._tables[ZERO_COLORS.name].to_pylist(),
             "policy": self._tables[POLICY.name].to_pylist(),

@@ -29,7 +29,7 @@ from ksmdist.passes import Compared
 from ksmdist.plan import Estimate, Plan
 from ksmdist.previous import History
 from ksmdist.runs import Run
-from ksmdist.scanned import Opened, Scanned
+from ksmdist.scanned import Opened, Scanned, filtered_images
 from ksmdist.settings import Settings
 from ksmdist.tables import KSM_STAT, REGIONS, SHARING, TABLES
 from ksmdist.timings import Clock, NoProgress, Progress, metrics
@@ -126,12 +126,16 @@ def resume(
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What run() would do: the settings it would fill in, what it would take, on what; images that are out of reach."""
+    """What run() would do: the settings it would fill in, what it would take, on what; images that are out of reach.
+
+    filtered: as key `filtered` of a run's summary.
+    """
 
     settings: Settings
     estimate: Estimate
     engine: engines.Choice
     missing: tuple[str, ...]
+    filtered: list[dict[str, Any]]
 
 
 def estimate(
@@ -175,7 +179,7 @@ def estimate(
             _earlier_pages(opened),
             roster.packed_pages(opened),
         )
-        return Planned(settings, found, choice, missing)
+        return Planned(settings, found, choice, missing, filtered_images(opened))
 
 
 def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, str]], dict[str, Any] | None]:

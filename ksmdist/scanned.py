@@ -22,6 +22,7 @@ __all__ = [
     "add_hole",
     "as_if_still",
     "colors_table",
+    "filtered_images",
     "holes_table",
     "images_table",
     "regions_table",
@@ -135,6 +136,15 @@ class Mapped:
             scanned.framed[:], scanned.compared = found["framed"], Compared(**found["compared"])
             images[int(name)] = scanned
         return cls(images, [(image, Hole(**hole)) for image, hole in fields["holes"]], fields["pages"])
+
+
+def filtered_images(opened: Sequence[Opened]) -> list[dict[str, Any]]:
+    """Images whose producers left pages out or made some up: image_id, filter_level and excluded (pages) of each."""
+    return [
+        {"image_id": image.image_id, "filter_level": image.info.filter_level, "excluded": image.info.pages_excluded}
+        for image in opened
+        if image.info.filter_level
+    ]
 
 
 def add_hole(holes: list[tuple[int, Hole]], image: int, hole: Hole, page_size: int) -> None:

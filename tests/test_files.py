@@ -268,6 +268,7 @@ def test_a_filtered_image_is_flagged_wherever_it_is_counted(tmp_path: Path) -> N
     flag = "FILTERED: vm: makedumpfile -d 31: much (5 pages); what is counted is not the whole memory."
     for shown in (
         printed("run", image, whole, "-o", run, "-q"),
+        printed("plan", image, whole),
         printed("whatif", run),
         printed("whatif", run, "--use-zero-pages"),
         printed("explain", run),
@@ -283,6 +284,7 @@ def test_a_filtered_image_is_flagged_wherever_it_is_counted(tmp_path: Path) -> N
     for command in ("report", "whatif", "explain", "unmerge"):
         assert json.loads(printed(command, run, "--json"))["filtered"] == expected
     assert json.loads(printed("diff", run, run, "--json"))["a"]["filtered"] == expected
+    assert json.loads(printed("plan", image, whole, "--json"))["filtered"] == expected
     metrics = printed("report", run, "--prometheus")
     assert "\nksmdist_run_images_filtered 1\n" in metrics
     assert "\nksmdist_excluded_pages 5\n" in metrics
@@ -441,3 +443,20 @@ def test_a_packed_file_of_which_nothing_can_be_unpacked(tmp_path: Path) -> None:
     (tmp_path / "x.raw.zst").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(ImageError, match="cannot be unpacked from its first byte on"):
         images.open_image(str(tmp_path / "x.raw.zst"))
+
+
+def test_a_base_that_cannot_be_one(make_raw: MakeImage, tmp_path: Path) -> None:
+    diff = make_raw("diff.mem", [None, page(3)])
+    with pytest.raises(SettingsError, match="is laid over itself"):
+        images.open_image(str(diff), base=[str(diff)])
+    packed = tmp_path / "full.mem.gz"
+    packed.write_bytes(gzip.compress(page(1) + page(2)))
+    with pytest.raises(ImageError, match=r"is compressed \(gzip\); unpack it first"):
+        images.open_image(str(diff), base=[str(packed)])
+
+
+def test_pages_of_a_checkpoint_by_themselves_are_no_guest(make_raw: MakeImage) -> None:
+    path = str(make_raw("pages-1.img", [page(1)]))
+    with pytest.raises(ImageError, match="name its folder, or the pagemap file"):
+        images.open_image(path)
+    assert images.open_image(path, format="raw").info.pages == 1

@@ -159,11 +159,13 @@ def plan_command(
                     "engine": planned.engine.name,
                     "settings": planned.settings.as_dict(),
                     "out_of_reach": planned.missing,
+                    "filtered": planned.filtered,
                 }
             )
         )
     else:
         report.render_plan(planned.estimate, planned.settings, planned.engine.name, sys.stdout)
+        report.render_filtered(planned.filtered, sys.stdout)
     if planned.missing:
         _name_missing(planned.missing, "they are not in this plan")
         raise typer.Exit(EXIT_HOLES)

@@ -6,6 +6,8 @@ To add a format: a module with a `Format`, and its name in `FORMATS` before RAW,
 from __future__ import annotations
 
 import os
+import posixpath
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -43,6 +45,7 @@ __all__ = [
 FORMATS: tuple[Format, ...] = (ARROW, ELF, KDUMP, LIME, AVML, QEMU, CRIU, VMWARE, RAW)
 """All formats, in the order in which they are tried."""
 
+_PAGES_OF_CRIU = re.compile(r"pages-(shmem-)?[0-9]+\.img")
 _INVENTORY = "a CRIU checkpoint's inventory"
 
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
@@ -86,10 +89,17 @@ def open_image(
             for lower in base:
                 files.append(open_file(lower))
                 opened.callback(files[-1].close)
+                _check_base(files[-1], file)
             image = open_layers([*files, file], page_size)
         elif format == RAW.name and not unpacked:
             image = open_layers([file], page_size, _mistaken(file))
         else:
+            if found is RAW and format is None and _PAGES_OF_CRIU.fullmatch(posixpath.basename(path)):
+                raise ImageError(
+                    "is the pages of a CRIU checkpoint, which does not say where they are",
+                    path,
+                    "name its folder, or the pagemap file; --format raw counts them as a guest's",
+                )
             image = found.open(file, page_size)
         opened.pop_all()
         return image
@@ -149,6 +159,17 @@ def _format(file: ImageFile, head: bytes, forced: Format | None) -> Format:
         )
     found = next(known for known in FORMATS if known.matches(head))
     return VMWARE if found is RAW and is_vmem(file.path) else found
+
+
+def _check_base(lower: ImageFile, file: ImageFile) -> None:
+    """Raises an error for a base that is the file itself, or is compressed."""
+    if lower.fingerprint == file.fingerprint:
+        raise SettingsError(
+            "is laid over itself", lower.path, "give as --base the memory file that was taken before it"
+        )
+    codec = codec_of(lower.read(0, _HEAD_BYTES))
+    if codec:
+        raise ImageError(f"is compressed ({codec})", lower.path, "unpack it first: a base is read at any page")
 
 
 def _mistaken(file: ImageFile) -> tuple[str, ...]:
