@@ -184,7 +184,8 @@ def _criu() -> list[list[bytes]]:
     parent = pagemap(1, [(at, 3, PRESENT), (at + 3 * PAGE, 1, LAZY)])
     heap, mapped = Vma(at, at + 4 * PAGE, madv=1 << 12), Vma(at + 8 * PAGE, at + 10 * PAGE, status=65, shmid=3)
     names = criu_files.files({3: "/usr/bin/true"})
-    return [[alone, some, b"", b"", mm([heap, mapped]), names], [child, some, parent, some, b"", b""]]
+    files = [mm([heap, mapped]), names]
+    return [[alone, some, b"", b"", *files], [child, some, parent, some, *files]]
 
 
 def _vmware() -> list[list[bytes]]:

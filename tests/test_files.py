@@ -460,3 +460,23 @@ def test_pages_of_a_checkpoint_by_themselves_are_no_guest(make_raw: MakeImage) -
     with pytest.raises(ImageError, match="name its folder, or the pagemap file"):
         images.open_image(path)
     assert images.open_image(path, format="raw").info.pages == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("source", "[" * 200_000, "source is not what"),
+        ("source", '{"pages_excluded": Infinity}', "source is not what"),
+        ("source", '{"pages_excluded": 1e999}', "source is not what"),
+        ("source", '{"producer": "\\ud800"}', "source is not what"),
+        ("source", '{"caveats": ["\\udfff"]}', "source is not what"),
+        ("passed_over", '[{"region": "r", "reason": "not_anonymous", "pages": 1e999}]', "passed_over is not what"),
+        ("passed_over", "[" * 200_000, "passed_over is not what"),
+        ("ksm_stat", '{"a": "\\ud800"}', "ksm_stat is no JSON object"),
+        ("ksm_stat", '{"a":' * 200_000, "ksm_stat is no JSON object"),
+    ],
+)
+def test_metadata_that_cannot_be_written_again(key: str, value: str, what: str, tmp_path: Path) -> None:
+    path = arrow_image(tmp_path / "x.arrow", [(0, page(1), eligible())], {f"ksmdist.{key}": value})
+    with pytest.raises(ImageError, match=what):
+        images.open_image(str(path))

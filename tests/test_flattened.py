@@ -15,9 +15,10 @@ from ksmdist.errors import ImageError
 from ksmdist.images.files import LocalFile
 from ksmdist.images.flattened import FlattenedFile
 
-from .conftest import PAGE, elf_core, page
+from .conftest import PAGE, ZERO, elf_core, page
 from .kdump_files import (
     EXPECTED,
+    NOISE,
     PAGES,
     flattened,
     flattened_records,
@@ -139,3 +140,40 @@ def test_pages_behind_one_that_is_not_known_are_read_wherever_a_batch_ends(tmp_p
     records = [(0, core[: at + PAGE + 9]), (at + 2 * PAGE, core[at + 2 * PAGE : at + 4 * PAGE - 9])]
     path = written(tmp_path, flattened_records([*records, (at + 4 * PAGE, core[at + 4 * PAGE :])], b""))
     assert pages_of(path) == {0: page(0), PAGE: None, 2 * PAGE: page(2), 3 * PAGE: None, 4 * PAGE: page(4)}
+
+
+@pytest.mark.parametrize("level", [1, 31])
+def test_pages_that_were_dumped_before_the_second_bitmap_was_whole(level: int, tmp_path: Path) -> None:
+    """makedumpfile writes it in parts, each with the pages of it: of the first part all that there is can be read.
+
+    Where their data begins, and whether a zero page of all is there, depends on how many descriptors there are.
+    """
+    pages = {n: NOISE[n % 7 :] + NOISE[: n % 7] for n in range(0, 60_000, 30)} | {5: ZERO, 7: ZERO}
+    data = kdump(pages, range(60_000), dump_level=level, compression="raw")
+    second, table = 4 * PAGE, 6 * PAGE  # two blocks of bits for each bitmap; of the second the last is not there
+    path = written(tmp_path, flattened_records([(0, data[: second + PAGE]), (table, data[table:])], b""))
+    image = images.open_image(str(path))
+    found: dict[int, bytes] = {}
+    for item in image.batches(0, image.info.pages):
+        if isinstance(item, images.Hole):
+            assert (item.address >= 32768 * PAGE, item.reason) == (True, "truncated")
+            continue
+        found |= zip(item.column("address").to_pylist(), item.column("content").to_pylist(), strict=True)
+    assert found == {n * PAGE: content for n, content in pages.items() if n < 32768}
+    known = sum(n < 32768 for n in pages)
+    assert (image.info.pages, image.info.pages_absent) == (known + 60_000 - 32768, 32768 - known)
+
+
+def test_many_records_over_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [(n % 7, b"xyz") for n in range(1000)]
+    path = written(tmp_path, flattened_records(records))
+    monkeypatch.setattr("ksmdist.images.flattened._MOST_OVERLAPPING", 1000)
+    FlattenedFile(LocalFile(str(path))).close()
+    monkeypatch.setattr("ksmdist.images.flattened._MOST_OVERLAPPING", 999)
+    with pytest.raises(ImageError, match="with 1000 records that lie over each other"):
+        images.open_image(str(path))
+
+
+def test_segments_of_a_flattened_core_may_lie_in_any_order(tmp_path: Path) -> None:
+    core = elf_core([(n * PAGE, page(n), PAGE) for n in reversed(range(200))])
+    assert pages_of(written(tmp_path, flattened(core, 999))) == {n * PAGE: page(n) for n in range(200)}

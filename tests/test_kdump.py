@@ -365,3 +365,16 @@ def test_what_makedumpfile_makes(tmp_path: Path, option: str, level: int) -> Non
         info = info_of(tmp_path / name)
         assert (info.format, info.producer, info.pages_absent, info.pages_excluded) == ("kdump", "makedumpfile", 5, 0)
     assert zlib.crc32((tmp_path / "plain").read_bytes()) == zlib.crc32((tmp_path / "again").read_bytes())
+
+
+@pytest.mark.skipif(shutil.which("makedumpfile") is None, reason="makedumpfile is not installed")
+def test_an_elf_core_that_makedumpfile_filtered(tmp_path: Path) -> None:
+    """It leaves out runs of 256 pages and more, and says neither which nor of what kind."""
+    data = bytes(400 * PAGE) + b"".join(map(page, range(10))) + bytes(100 * PAGE) + page(11)
+    core = written(tmp_path, elf_core([(0, data, len(data))], note=b"QEMU"), "vmcore")
+    _makedumpfile("-E", "-d", "1", core, tmp_path / "filtered")
+    kept = [*range(400, 410), *range(410, 511)]
+    assert pages_of(tmp_path / "filtered") == {n * PAGE: data[n * PAGE : (n + 1) * PAGE] for n in kept}
+    info = info_of(tmp_path / "filtered")
+    assert (info.format, info.pages_absent, info.pages_excluded) == ("elf", 400, 400)
+    assert "memory was left out" in info.filter_level

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ksmdist import images
 from ksmdist.errors import ImageError, SettingsError
 from ksmdist.images import Hole
+from ksmdist.images.kdump import KdumpImage
 
 from .conftest import PAGE, page
 from .kdump_files import (
@@ -104,6 +105,26 @@ def test_descriptors_of_one_page_and_of_parts_of_it(tmp_path: Path) -> None:
     data = plain[at:]
     expected = {n * PAGE: page(n) for n in range(8)} | {n * PAGE: page(2) for n in (1, 5, 7)}
     assert pages_of(path) == expected | {3 * PAGE: data[100 : 100 + PAGE], 4 * PAGE: page(1)}
+
+
+def test_contents_of_many_pages_are_kept_up_to_a_point(tmp_path: Path) -> None:
+    pages = {n: page(n) for n in range(20)}
+    plain = kdump(pages, compression="raw")
+    at = 4 * PAGE + 24 * 20
+    told = {n: (at + (n - n % 2) * PAGE, PAGE, 0) for n in range(20)}
+    path = written(tmp_path, kdump(pages, compression="raw", descriptors=told))
+    assert len(plain) == path.stat().st_size
+    image = images.open_image(str(path))
+    assert isinstance(image, KdumpImage)
+    for kept in (0, 7, 8, 9):  # threads may keep more, each at the same time
+        (piece,) = image._pieces
+        piece._shared.clear()
+        piece._shared.update({(-n - 1, 0, 0): b"" for n in range(kept)})
+        (batch,) = image.batches(0, 20)
+        assert not isinstance(batch, Hole)
+        assert batch.column("content").to_pylist() == [page(n - n % 2) for n in range(20)]
+        assert len(piece._shared) == max(8, kept)
+    image.close()
 
 
 @pytest.mark.parametrize("compression", ["zlib", "lzo", "snappy", "zstd"])

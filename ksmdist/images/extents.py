@@ -14,6 +14,7 @@ import pyarrow as pa
 from ksmdist.errors import ImageError
 from ksmdist.images.base import BATCH_BYTES, Hole, Image, ImageInfo, joined_holes, joined_ranges, page_batch, runs_of
 from ksmdist.images.files import ImageFile, LocalFile, Resumable
+from ksmdist.images.flattened import FlattenedFile
 from ksmdist.images.joined import Stretch, join_pages
 from ksmdist.images.packed import PackedFile
 from ksmdist.images.stores import StoredFile
@@ -335,7 +336,7 @@ _JUMPS = 64
 def check_forward(file: ImageFile, extents: Extents, number: int = 0) -> None:
     """Raises ImageError where pages lie in a compressed file, number `number` of theirs, in another order than by
     address: it is unpacked from its start on for each that lies before the last."""
-    if isinstance(file, (LocalFile, StoredFile)):
+    if isinstance(file, (LocalFile, StoredFile)) or (isinstance(file, FlattenedFile) and not file.forwards):
         return
     here = np.ones(len(extents), bool) if extents.file is None else extents.file == number
     whole = np.flatnonzero(here & (extents.offset >= 0))

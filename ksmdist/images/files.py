@@ -116,7 +116,10 @@ class LocalFile:
                     break
                 found.append((position, self.nbytes))  # a file system that does not know: all is data
                 break
-            position = os.lseek(self.fd, start, os.SEEK_HOLE)
+            try:
+                position = os.lseek(self.fd, start, os.SEEK_HOLE)
+            except OSError:  # it has become shorter since: whoever reads it finds that out
+                position = self.nbytes
             found.append((start, min(position, self.nbytes)))
         return np.array(found, np.int64).reshape(-1, 2)
 

@@ -32,6 +32,7 @@ _HEADER_BYTES = 4096
 _RECORD = struct.Struct(">qq")
 _WINDOW = 4 << 20  # records are many and small, so their headers are looked for in what is read ahead
 _AHEAD = 8  # windows at a time from a store
+_MOST_OVERLAPPING = 1 << 20  # 2.3 s and 160 MB; makedumpfile writes a few headers again
 _MOST_RECORDS = 1 << 26  # QEMU's are of 16 KiB: 1 TiB; their index takes 1.6 GB
 _HINT = "rearrange it with `makedumpfile -R`, and scan what comes out"
 
@@ -58,7 +59,7 @@ class FlattenedFile:
         if _RECORD.unpack_from(head, len(FLATTENED)) != (1, 1):
             raise ImageError("is a flattened file of an unknown type or version", file.path, _HINT)
         offset, nbytes, at, self.truncated = self._records()
-        self._offset, self._nbytes, self._at = _last_writers(offset, nbytes, at)
+        self._offset, self._nbytes, self._at = _last_writers(offset, nbytes, at, self.path)
         self._end = self._offset + self._nbytes
         self.nbytes = int(self._end[-1]) if len(self._end) else 0
         runs = joined_ranges(self._offset, self._end).astype(np.int64)
@@ -196,8 +197,13 @@ def _joined(offset: int, end: int, pieces: Iterable[tuple[int, int, memoryview]]
     return memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
 
 
-def _last_writers(offset: np.ndarray, nbytes: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Records in the order of writing -> ascending, disjoint ones: of each byte the last that wrote it."""
+def _last_writers(
+    offset: np.ndarray, nbytes: np.ndarray, at: np.ndarray, path: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Records in the order of writing -> ascending, disjoint ones: of each byte the last that wrote it.
+
+    Raises ImageError for too many that lie over each other. path: of the file, for that.
+    """
     order = np.argsort(offset, kind="stable")
     start, end = offset[order], (offset + nbytes)[order]
     if len(start) == 0:
@@ -208,6 +214,8 @@ def _last_writers(offset: np.ndarray, nbytes: np.ndarray, at: np.ndarray) -> tup
     if alone.all():
         return start, end - start, at[order]
     number = order[~alone]
+    if len(number) > _MOST_OVERLAPPING:
+        raise ImageError(f"is a flattened file with {len(number)} records that lie over each other", path, _HINT)
     pieces = np.array(_overlaid(start[~alone].tolist(), end[~alone].tolist(), number.tolist()), np.int64)
     first = np.concatenate((start[alone], pieces[:, 0]))
     last = np.concatenate((end[alone], pieces[:, 1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pyarrow as pa
 
@@ -11,12 +12,23 @@ from ksmdist.images.base import ImageInfo
 from ksmdist.images.files import ImageFile
 from ksmdist.tables import MEMORY_IMAGE, PASSED_OVER
 
-__all__ = ["HINT", "KINDS_OF_IMAGES", "image_info"]
+__all__ = ["HINT", "KINDS_OF_IMAGES", "image_info", "parsed"]
 
 HINT = "`ksmdist schema memory_image` describes the format; write the image again"
 
 KINDS_OF_IMAGES = ("guest", "process", "container", "kernel")
 """What an image can be the memory of."""
+
+
+def parsed(text: str | bytes) -> Any:
+    """JSON from a file that anyone may have written; raises ValueError, for what cannot be written again too: halves
+    of surrogate pairs, numbers that are none, lists in lists without end."""
+    try:
+        found = json.loads(text)
+        json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("lists in lists") from None
+    return found
 
 
 def image_info(schema: pa.Schema, file: ImageFile, page_size: int, rows: int) -> ImageInfo:
@@ -58,7 +70,7 @@ def image_info(schema: pa.Schema, file: ImageFile, page_size: int, rows: int) ->
     if kind not in KINDS_OF_IMAGES:
         raise ImageError(f"metadata ksmdist.kind is {kind!r}", path, HINT)
     try:
-        source = json.loads(known["ksmdist.source"] or "{}")
+        source = parsed(known["ksmdist.source"] or "{}")
         producer, filter_level = (str(source.get(key) or "") for key in ("producer", "filter_level"))
         excluded, span = (int(source.get(key) or 0) for key in ("pages_excluded", "span"))
         caveats = tuple(str(caveat) for caveat in source.get("caveats", ()))
@@ -91,7 +103,7 @@ def image_info(schema: pa.Schema, file: ImageFile, page_size: int, rows: int) ->
 
 def _passed_over(text: str, path: str) -> tuple[tuple[str, str, int], ...]:
     try:
-        rows = tuple((str(row["region"]), str(row["reason"]), int(row["pages"])) for row in json.loads(text))
+        rows = tuple((str(row["region"]), str(row["reason"]), int(row["pages"])) for row in parsed(text))
         if all(reason in PASSED_OVER and 0 <= pages < 1 << 52 for _, reason, pages in rows):
             return rows
     except (ValueError, TypeError, KeyError):
@@ -101,6 +113,6 @@ def _passed_over(text: str, path: str) -> tuple[tuple[str, str, int], ...]:
 
 def _ksm_stat(text: str, path: str) -> tuple[tuple[str, str], ...]:
     try:
-        return tuple((str(name), str(value)) for name, value in json.loads(text).items())
+        return tuple((str(name), str(value)) for name, value in parsed(text).items())
     except (ValueError, AttributeError):
         raise ImageError("metadata ksmdist.ksm_stat is no JSON object", path, HINT) from None

@@ -164,9 +164,10 @@ def _open(file: ImageFile, page_size: int) -> Image:
                     "keep each dump in its own folder",
                 )
             known = min(known, others[2])
-        pieces = _pieces(files, dumped)
+        pieces = _pieces(files, dumped, known)
         absent = len(memory.joined(dumped)) - len(dumped)
-        shared = {_shares_zeros(piece, len(dumped)) for piece in pieces} if absent else set()
+        # Where it is not known how many were dumped, it is not known where their pages begin.
+        shared = {_shares_zeros(piece, len(dumped)) for piece in pieces} if absent and known >= dumped.end else set()
         present = dumped
         if header.dump_level == 1 and shared & {True, False} == {False}:
             present, absent = memory.joined(dumped), 0
@@ -244,7 +245,7 @@ def _shares_zeros(piece: KdumpPiece, dumped: int) -> bool | None:
     return piece.file.read(at, size) == bytes(size)
 
 
-def _pieces(files: Sequence[tuple[ImageFile, KdumpHeader]], dumped: PageBitmap) -> list[KdumpPiece]:
+def _pieces(files: Sequence[tuple[ImageFile, KdumpHeader]], dumped: PageBitmap, known: int) -> list[KdumpPiece]:
     found: list[KdumpPiece] = []
     end = 0
     for file, header in files:
@@ -255,8 +256,8 @@ def _pieces(files: Sequence[tuple[ImageFile, KdumpHeader]], dumped: PageBitmap) 
                 file.path,
                 "keep one copy of each piece in the folder",
             )
-        first, last = dumped.rank(np.array([start, stop], np.int64)).tolist()
-        found.append(KdumpPiece(file, header, first, last - first))
+        first, last, sure = dumped.rank(np.array([start, stop, max(start, min(stop, known))], np.int64)).tolist()
+        found.append(KdumpPiece(file, header, first, last - first, sure - first))
         end = max(end, stop)
     return found
 

@@ -38,20 +38,22 @@ Unpack = Callable[[memoryview], "bytes | None"]
 class KdumpPiece:
     """One file of a kdump, or the only one.
 
-    first: the rank, among all dumped pages, of the first whose descriptor is in it; count: descriptors in it
+    first: the rank, among all dumped pages, of the first whose descriptor is in it; count: descriptors in it; sure: of
+    these, how many there are at least, where not all is known (read_bitmaps)
     """
 
     file: ImageFile
     header: KdumpHeader
     first: int
     count: int
+    sure: int
     _ahead: tuple[int, np.ndarray] | None = None
     _shared: dict[tuple[int, int, int], bytes] = field(default_factory=dict)
 
     @property
     def data_at(self) -> int:
         """No page's data lies before: where the descriptors end."""
-        return self.header.descriptors_at + DESCRIPTOR_BYTES * self.count
+        return self.header.descriptors_at + DESCRIPTOR_BYTES * self.sure
 
     @property
     def stored(self) -> StoredFile | None:
@@ -220,10 +222,11 @@ class KdumpPiece:
 
     def _keep(self, key: np.ndarray, count: np.ndarray, found: _Contents) -> None:
         """Keep what many pages of a batch have: it lies far from what the next batch reads."""
-        if len(self._shared) == _SHARED:
+        room = _SHARED - len(self._shared)
+        if room <= 0:  # less: threads that read a store keep some at the same time
             return
         size = self.header.block_size
-        for place in np.flatnonzero((count > 1) & (found.why == 0)).tolist()[: _SHARED - len(self._shared)]:
+        for place in np.flatnonzero((count > 1) & (found.why == 0)).tolist()[:room]:
             data: bytes | memoryview = found.contents[place]
             if found.buffer[place] >= 0:
                 start = int(found.start[place])

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ksmdist.errors import ImageError
 from ksmdist.images.base import Hole, joined_ranges
 from ksmdist.images.extents import PIECES, Extents
 
-__all__ = ["Segments", "cut_pages", "holes_of", "overlaps", "uncovered", "without_file_holes"]
+__all__ = ["MOST_RUNS", "Segments", "cut_pages", "holes_of", "overlaps", "uncovered", "without_file_holes"]
+
+MOST_RUNS = 1 << 24
+"""Most runs of pages between holes of a file: 1 GB and 5 s to find them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,23 +152,33 @@ def holes_of(dumped: Segments, available: Segments, partial: np.ndarray, page_si
     return sorted(holes, key=lambda hole: hole.address)
 
 
-def without_file_holes(extents: Extents, data: np.ndarray, page_size: int) -> Extents:
-    """Leave out pages all of whose bytes lie in holes of the file (`data`: byte ranges, int64[n, 2])."""
-    runs: list[tuple[int, int, int]] = []
-    pieces: dict[int, tuple[tuple[int, int], ...]] = {}
-    for i in range(len(extents)):
-        page, count, offset = int(extents.page[i]), int(extents.count[i]), int(extents.offset[i])
-        if offset < 0:
-            pieces[len(runs)] = extents.pieces[i]
-            runs.append((page, count, offset))
-            continue
-        reached = 0
-        at = int(np.searchsorted(data[:, 1], offset, side="right"))
-        while at < len(data) and data[at, 0] < offset + count * page_size:
-            first = max(reached, (int(data[at, 0]) - offset) // page_size)
-            reached = min(count, -(-(int(data[at, 1]) - offset) // page_size))
-            if first < reached:
-                runs.append((page + first, reached - first, offset + first * page_size))
-            at += 1
-    table = np.array(runs, np.int64).reshape(-1, 3)
-    return Extents(table[:, 0], table[:, 1], table[:, 2], pieces)
+def without_file_holes(extents: Extents, data: np.ndarray, page_size: int, path: str = "") -> Extents:
+    """Leave out pages all of whose bytes lie in holes of the file (`data`: byte ranges, int64[n, 2]).
+
+    Raises ImageError for more than MOST_RUNS of them, of segments that all lie in the same bytes. path: for that.
+    """
+    whole = extents.offset >= 0
+    offset, count = extents.offset, extents.count
+    low = np.searchsorted(data[:, 1], offset, side="right")
+    high = np.searchsorted(data[:, 0], offset + count * page_size, side="left")
+    meets = np.where(whole, np.maximum(high - low, 0), 1)  # a page of pieces stays
+    total = int(meets.sum())
+    if total > MOST_RUNS:
+        raise ImageError(
+            f"has its pages in {total} runs, more than an index of them may take of memory", path, "take the dump again"
+        )
+    of = np.repeat(np.arange(len(extents)), meets)
+    at = low[of] + np.arange(total) - np.repeat(np.cumsum(meets) - meets, meets)
+    first, last = np.zeros(total, np.int64), count[of]
+    here = whole[of]
+    start, end = data[at[here]].T
+    first[here] = np.maximum(0, (start - offset[of[here]]) // page_size)
+    last[here] = np.minimum(count[of[here]], -(-(end - offset[of[here]]) // page_size))
+    # Two ranges of bytes may end and begin in one page: the first has it.
+    goes_on = of[1:] == of[:-1]
+    first[1:] = np.where(goes_on, np.maximum(first[1:], last[:-1]), first[1:])
+    keep = first < last
+    of, first, last, here = of[keep], first[keep], last[keep], here[keep]
+    pieces = {int(i): extents.pieces[int(of[i])] for i in np.flatnonzero(~here)}
+    offsets = np.where(here, offset[of] + first * page_size, offset[of])
+    return Extents(extents.page[of] + first, last - first, offsets, pieces)
