@@ -197,7 +197,7 @@ def test_pages_in_holes_of_a_file(
     table = np.array(rows, np.int64).reshape(-1, 3)
     made_of = {n: ((n, 16),) for n, row in enumerate(rows) if row[2] == PIECES}
     extents = Extents(table[:, 0], table[:, 1], table[:, 2], made_of)
-    left = without_file_holes(extents, np.array(ranges, np.int64).reshape(-1, 2), 16)
+    left = without_file_holes(extents, np.array(ranges, np.int64).reshape(-1, 2), 16, "x")
     found: dict[int, Any] = {}
     for place, (first, count, offset) in enumerate(
         zip(left.page.tolist(), left.count.tolist(), left.offset.tolist(), strict=True)

@@ -66,6 +66,11 @@ def test_pages_of_another_size(tmp_path: Path) -> None:
     path = written(tmp_path, kdump({n: page(n) * 4 for n in range(20)}, page_size=4 * PAGE, sub_blocks=2))
     with pytest.raises(SettingsError, match=r"has pages of 16384 bytes, this run has 4096.*--page-size 16384"):
         images.open_image(str(path))
+    arm64 = written(
+        tmp_path, kdump({0: page(0) * 16}, page_size=16 * PAGE, utsname=("", "", "", "", "aarch64", "")), "y"
+    )
+    with pytest.raises(SettingsError, match="--page-size 65536, or to count pages of 4096 bytes dump the guest as ELF"):
+        images.open_image(str(arm64))
     image = images.open_image(str(path), 4 * PAGE)
     (batch,) = image.batches(0, 20)
     assert isinstance(batch, pa.RecordBatch)

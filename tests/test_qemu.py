@@ -104,6 +104,24 @@ def test_long_runs_of_mapped_ram_are_mapped(tmp_path: Path) -> None:
     assert pages_of(path) == {n * PAGE: content for n, content in enumerate(contents)}
 
 
+def test_a_page_that_became_zero_is_zero_and_not_what_is_in_the_file(tmp_path: Path) -> None:
+    """QEMU clears its bit and leaves the file alone; for a page that never was other than zero the file has a hole."""
+    contents = [ZERO if n % 20 in (3, 4, 9) else page(n) for n in range(1000)] + [ZERO] * 500 + [page(1)] * 40
+    data = mapped_ram({"pc.ram": contents})
+    start = data.index(page(0))
+    path = tmp_path / "x"
+    with open(path, "wb") as sink:
+        sink.write(data[:start])
+        for number, content in enumerate(contents):
+            old = page(7) if number % 40 == 3 and content == ZERO else content
+            if any(old):
+                sink.seek(start + number * PAGE)
+                sink.write(old)
+        sink.seek(start + len(contents) * PAGE)
+        sink.write(data[start + len(contents) * PAGE :])
+    assert pages_of(path) == {n * PAGE: content for n, content in enumerate(contents)}
+
+
 def test_a_background_snapshot_has_no_end_but_devices(tmp_path: Path) -> None:
     path = _file(tmp_path, migrated(RAM, ended=False))
     assert pages_of(path) == EXPECTED

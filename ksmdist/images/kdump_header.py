@@ -168,12 +168,18 @@ def _fits(main: bytes, order: str, block_size_at: int) -> bool:
 
 
 def check_page_size(header: KdumpHeader, page_size: int) -> None:
-    """Raises SettingsError if the dump has pages of another size."""
+    """Raises SettingsError if the dump has pages of another size.
+
+    QEMU's of an arm64 guest has 64 KiB, whatever the guest's are (target/arm/arch_dump.c, cpu_get_dump_info).
+    """
     if header.block_size != page_size:
+        hint = f"run it with --page-size {header.block_size}"
+        if header.producer == "QEMU":
+            hint += f", or to count pages of {page_size} bytes dump the guest as ELF"
         raise SettingsError(
             f"has pages of {header.block_size} bytes, this run has {page_size}",
             header.path,
-            f"run it with --page-size {header.block_size}",
+            hint,
         )
 
 

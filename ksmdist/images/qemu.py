@@ -22,9 +22,11 @@ from ksmdist.images.libvirt import LIBVIRT, SavedDomain, saved_domain
 from ksmdist.images.qemu_blocks import Part, is_device, placed
 from ksmdist.images.qemu_stream import MAGIC, MappedBlock, RamStream, read_stream
 from ksmdist.images.scattered import MOST_RUNS, PageRuns, joined, scattered_image
+from ksmdist.images.segments import in_holes
 
 __all__ = ["QEMU"]
 
+_SHORT_GAP = 256  # pages of zeros between others: more would fill the page cache with a file's holes
 _BITMAP_BYTES = 1 << 20  # of a bitmap, read and looked at together
 _MOST_HOLES = 1 << 20  # migration begins with all pages in order: what is cut off has few
 _FREE = "pages that the guest had said are free, or memory that was unplugged, are not in it"
@@ -139,14 +141,16 @@ def _mapped(file: ImageFile, stream: RamStream, number: int, most: int) -> PageR
     """The pages of a block of mapped-ram, numbered from its start on.
 
     A bit that is clear is a page of zeros, or one that was never touched; where RAM has not ended it says nothing,
-    since the bitmaps are written last (ram_save_file_bmap). Raises ImageError for more than `most` runs: a bitmap has
-    one for each of its bits, of 36 bytes.
+    since the bitmaps are written last (ram_save_file_bmap). Where the file has a hole for a few such pages, they are
+    read from there, zeros as well: then what is mapped are long runs. Raises ImageError for more than `most` runs: a
+    bitmap has one for each of its bits, of 36 bytes.
     """
     size, where = stream.page_size, stream.mapped[number]
     if where == MappedBlock(0, 0):
         return joined([])
     pages = min(stream.blocks[number].nbytes, max(0, file.nbytes - where.pages)) // size
     found: list[PageRuns] = []
+    data = file.data_extents()
     for at in range(0, pages, 8 * _BITMAP_BYTES):
         count = min(pages - at, 8 * _BITMAP_BYTES)
         raw = np.frombuffer(file.read(where.bitmap + at // 8, -(-count // 8)), np.uint8)
@@ -156,6 +160,12 @@ def _mapped(file: ImageFile, stream: RamStream, number: int, most: int) -> PageR
         lengths = np.diff(np.append(first, len(bits)))
         there = bits[first] != 0
         page = first + at
+        if stream.ended:
+            lies = where.pages + page * size
+            there |= (lengths < _SHORT_GAP) & in_holes(lies, lies + lengths * size, data)
+            opens = np.concatenate(([True], there[1:] != there[:-1])) if len(there) else there
+            page, there = page[opens], there[opens]
+            lengths = np.diff(np.append(page, at + count))
         runs = PageRuns(
             page,
             lengths,

@@ -10,7 +10,7 @@ from ksmdist.errors import ImageError
 from ksmdist.images.base import Hole, joined_ranges
 from ksmdist.images.extents import PIECES, Extents
 
-__all__ = ["MOST_RUNS", "Segments", "cut_pages", "holes_of", "overlaps", "uncovered", "without_file_holes"]
+__all__ = ["MOST_RUNS", "Segments", "cut_pages", "holes_of", "in_holes", "overlaps", "uncovered", "without_file_holes"]
 
 MOST_RUNS = 1 << 24
 """Most runs of pages between holes of a file: 1 GB and 5 s to find them."""
@@ -152,7 +152,14 @@ def holes_of(dumped: Segments, available: Segments, partial: np.ndarray, page_si
     return sorted(holes, key=lambda hole: hole.address)
 
 
-def without_file_holes(extents: Extents, data: np.ndarray, page_size: int, path: str = "") -> Extents:
+def in_holes(start: np.ndarray, end: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """bool[n]: whether byte ranges [start, end) of a file lie in its holes. data: ranges that are none, int64[m, 2]."""
+    after = np.searchsorted(data[:, 1], start, side="right")
+    begins = np.append(data[:, 0], np.iinfo(np.int64).max)
+    return np.asarray(begins[after] >= end)
+
+
+def without_file_holes(extents: Extents, data: np.ndarray, page_size: int, path: str) -> Extents:
     """Leave out pages all of whose bytes lie in holes of the file (`data`: byte ranges, int64[n, 2]).
 
     Raises ImageError for more than MOST_RUNS of them, of segments that all lie in the same bytes. path: for that.

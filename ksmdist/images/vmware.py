@@ -170,7 +170,7 @@ def _image(
     dumped = Segments(start, start + length, offset)
     available = dumped.up_to(start + had, page_size).disjoint()
     whole, partial = cut_pages(available, page_size)
-    extents = without_file_holes(whole, memory.data_extents(), page_size)
+    extents = without_file_holes(whole, memory.data_extents(), page_size, memory.path)
     absent = whole.pages - extents.pages
     info = ImageInfo.of(
         memory,
