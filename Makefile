@@ -38,7 +38,7 @@ lint: setup     ## style, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup    ## whole processes beside their peers, rates, scale (20 minutes, 17 GiB of scratch)
+bench: setup    ## whole processes beside their peers, rates, scale (35 minutes, 17 GiB of scratch)
 	$(BIN)/python benchmarks/peers.py $(SCRATCH)
 	$(BIN)/python benchmarks/rates.py $(SCRATCH)
 	$(BIN)/python benchmarks/scale.py $(SCRATCH)
