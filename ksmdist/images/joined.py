@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Stretch", "join_pages", "populate", "read_rows"]
+__all__ = ["Stretch", "join_pages", "populate", "read_into", "read_rows"]
 
 _MADV_POPULATE_READ = 22  # include/uapi/asm-generic/mman-common.h, Linux 5.14; not named by Python 3.11
 _MAP_FIXED = 0x10  # include/uapi/asm-generic/mman-common.h; not named by Python
@@ -102,19 +102,20 @@ def _map(region: mmap.mmap, base: int, at: int, stretch: Stretch) -> bool:
         return False
     view = memoryview(region)
     head, tail = view[at:first], view[last : at + nbytes]
-    return _read_into(head, fd, offset) and _read_into(tail, fd, offset + last - at)
+    return read_into(head, fd, offset) and read_into(tail, fd, offset + last - at)
 
 
 def _read_pages(target: memoryview, fd: int, offset: int, page_size: int) -> np.ndarray:
     """Read pages, or part of one, into `target`: bool[pages], which could be."""
-    if _read_into(target, fd, offset):
+    if read_into(target, fd, offset):
         return np.ones(-(-len(target) // page_size), bool)
     # Only where the disk has failed, or the file has become shorter: then each page is asked for alone.
     starts = range(0, len(target), page_size)
-    return np.array([_read_into(target[at : at + page_size], fd, offset + at) for at in starts], bool)
+    return np.array([read_into(target[at : at + page_size], fd, offset + at) for at in starts], bool)
 
 
-def _read_into(target: memoryview, fd: int, offset: int) -> bool:
+def read_into(target: memoryview, fd: int, offset: int) -> bool:
+    """Whether all bytes from `offset` of a file on could be read into `target`, which it fills."""
     done = 0
     try:
         while done < len(target):
