@@ -24,7 +24,7 @@ from ksmdist.images.files import LocalFile
 from ksmdist.images.kdump_header import MAGICS
 from ksmdist.settings import Settings
 
-from .conftest import PAGE, ZERO, elf_core, page, table_files
+from .conftest import PAGE, ZERO, elf_core, page, table_files, unavailable
 from .kdump_files import (
     EXPECTED,
     FLAGS,
@@ -337,6 +337,8 @@ def test_runs_on_a_dump_and_on_raw_memory_are_alike(tmp_path: Path) -> None:
 
 
 def _makedumpfile(*arguments: str | Path, source: Path | None = None, sink: Path | None = None) -> None:
+    if shutil.which("makedumpfile") is None:
+        unavailable("makedumpfile is not installed: run tests/producers/install.sh", "KSMDIST_FORCE_PRODUCERS")
     with open(source or os.devnull, "rb") as given_, open(sink or os.devnull, "wb") as taken:
         subprocess.run(
             ["makedumpfile", *map(str, arguments)],
@@ -348,7 +350,7 @@ def _makedumpfile(*arguments: str | Path, source: Path | None = None, sink: Path
         )
 
 
-@pytest.mark.skipif(shutil.which("makedumpfile") is None, reason="makedumpfile is not installed")
+@pytest.mark.producers
 @pytest.mark.parametrize("level", [0, 1])
 @pytest.mark.parametrize("option", ["-c", "-l", ""])
 def test_what_makedumpfile_makes(tmp_path: Path, option: str, level: int) -> None:
@@ -372,7 +374,7 @@ def test_what_makedumpfile_makes(tmp_path: Path, option: str, level: int) -> Non
     assert zlib.crc32((tmp_path / "plain").read_bytes()) == zlib.crc32((tmp_path / "again").read_bytes())
 
 
-@pytest.mark.skipif(shutil.which("makedumpfile") is None, reason="makedumpfile is not installed")
+@pytest.mark.producers
 def test_an_elf_core_that_makedumpfile_filtered(tmp_path: Path) -> None:
     """It leaves out runs of 256 pages and more, and says neither which nor of what kind."""
     data = bytes(400 * PAGE) + b"".join(map(page, range(10))) + bytes(100 * PAGE) + page(11)

@@ -21,7 +21,7 @@ from ksmdist.images.files import ImageFile
 from ksmdist.images.libvirt import LIBVIRT, SavedDomain, saved_domain
 from ksmdist.images.qemu_blocks import Part, is_device, placed
 from ksmdist.images.qemu_stream import MAGIC, MappedBlock, RamStream, read_stream
-from ksmdist.images.scattered import MOST_RUNS, PageRuns, joined, scattered_image
+from ksmdist.images.scattered import MOST_RUNS, PageRuns, concatenated, scattered_image
 from ksmdist.images.segments import in_holes
 
 __all__ = ["QEMU"]
@@ -134,7 +134,7 @@ def _pages(
             runs = runs.moved(page - first - block.key, region)
         found.append(runs)
         gaps.append(runs.gaps(page, page + last - first))
-    return joined(found), gaps
+    return concatenated(found), gaps
 
 
 def _mapped(file: ImageFile, stream: RamStream, number: int, most: int) -> PageRuns:
@@ -147,7 +147,7 @@ def _mapped(file: ImageFile, stream: RamStream, number: int, most: int) -> PageR
     """
     size, where = stream.page_size, stream.mapped[number]
     if where == MappedBlock(0, 0):
-        return joined([])
+        return concatenated([])
     pages = min(stream.blocks[number].nbytes, max(0, file.nbytes - where.pages)) // size
     found: list[PageRuns] = []
     data = file.data_extents()
@@ -181,7 +181,7 @@ def _mapped(file: ImageFile, stream: RamStream, number: int, most: int) -> PageR
                 file.path,
                 "dump the guest as ELF instead",
             )
-    return joined(found)
+    return concatenated(found)
 
 
 QEMU = Format("qemu", lambda head: head.startswith((MAGIC, *LIBVIRT)), _open)

@@ -18,7 +18,7 @@ from ksmdist.images.files import ImageFile
 from ksmdist.images.qemu_blocks import RamBlock
 from ksmdist.images.qemu_bytes import Ended, StreamBytes
 from ksmdist.images.qemu_records import CONTINUE, PAGE, ZERO, PageRecords
-from ksmdist.images.scattered import PageRuns, joined
+from ksmdist.images.scattered import PageRuns, concatenated
 
 __all__ = ["MAGIC", "MappedBlock", "RamStream", "read_stream"]
 
@@ -62,7 +62,7 @@ class RamStream:
     mapped: list[MappedBlock] = field(default_factory=list)
     ended: bool = False
     left: int = 0
-    records: PageRuns = field(default_factory=lambda: joined([]))
+    records: PageRuns = field(default_factory=lambda: concatenated([]))
 
 
 def read_stream(file: ImageFile, start: int, page_size: int) -> RamStream:

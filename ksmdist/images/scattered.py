@@ -22,7 +22,7 @@ from ksmdist.images.files import ImageFile, LocalFile
 from ksmdist.images.joined import read_into
 from ksmdist.images.stores import StoredFile
 
-__all__ = ["MOST_RUNS", "PageRuns", "RunIndex", "joined", "scattered_image"]
+__all__ = ["MOST_RUNS", "PageRuns", "RunIndex", "concatenated", "scattered_image"]
 
 MOST_RUNS = 1 << 25
 """Most runs of an index: 1.2 GB. A guest of 1 TiB has fewer, unless its zero pages lie all alone."""
@@ -86,7 +86,7 @@ class PageRuns:
     def of(cls, page: np.ndarray, offset: np.ndarray, stride: int) -> PageRuns:
         """The runs that single pages make, int64[n] each, in the order given: each goes on `stride` bytes further."""
         if len(page) == 0:
-            return joined([])
+            return concatenated([])
         filled = offset < 0
         wanted = np.where(filled[:-1], 0, stride)
         goes_on = (np.diff(page) == 1) & (np.diff(offset) == wanted) & (filled[:-1] == filled[1:])
@@ -96,7 +96,7 @@ class PageRuns:
         return cls(page[first], count, offset[first], step, np.zeros(len(first), np.int32))
 
 
-def joined(parts: list[PageRuns]) -> PageRuns:
+def concatenated(parts: list[PageRuns]) -> PageRuns:
     """Runs of several, one after the other."""
     empty = np.zeros(0, np.int64)
     parts = [*parts, PageRuns(empty, empty, empty, empty, np.zeros(0, np.int32))]
@@ -135,13 +135,13 @@ class RunIndex:
         """All pages, ascending, each once."""
         while len(self._levels) > 1:
             self._merge()
-        return self._levels[0] if self._levels else joined([])
+        return self._levels[0] if self._levels else concatenated([])
 
     def _merge(self) -> None:
         newer, older = self._levels.pop(), self._levels.pop()
         if newer.page[0] < older.page[-1] + older.count[-1]:
             older = _less(older, newer)
-        both = joined([older, newer])
+        both = concatenated([older, newer])
         if bool((np.diff(both.page) < 0).any()):
             both = both.take(np.argsort(both.page, kind="stable"))
         if len(both) > MOST_RUNS:
