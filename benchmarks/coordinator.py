@@ -21,6 +21,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from ksmdist import classes, pipeline, plan, roster, stages
+from ksmdist.digests import Digester
 from ksmdist.images import ImageInfo
 from ksmdist.scanned import Mapped, Opened, Scanned
 from ksmdist.settings import Settings
@@ -32,7 +33,9 @@ TASKS = 4096
 GIB_A_SHARD = (1, 4, 8)
 
 
-def read(region_names: Sequence[str], settings: Settings, scan: stages.Scan) -> tuple[Mapped, pa.Table, list[pa.Table]]:
+def read(
+    region_names: Sequence[str], settings: Settings, digester: Digester, scan: stages.Scan
+) -> tuple[Mapped, pa.Table, list[pa.Table]]:
     """In the place of stages.read_shards: pages that are read-fault zero pages, which leave no rows."""
     number = scan.task.shards[0].image
     scanned = Scanned.nothing(scan.images[number].info, settings)

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from ksmdist import classes, pipeline, roster, stages
 from ksmdist.columns import arrow
-from ksmdist.digests import fill_digest
+from ksmdist.digests import Digester
 from ksmdist.images import ImageInfo
 from ksmdist.scanned import Mapped, Opened, Scanned
 from ksmdist.settings import Settings
@@ -44,7 +44,9 @@ def mixed(number: np.ndarray) -> np.ndarray:
     return word ^ (word >> np.uint64(31))
 
 
-def read(region_names: Sequence[str], settings: Settings, scan: stages.Scan) -> tuple[Mapped, pa.Table, list[pa.Table]]:
+def read(
+    region_names: Sequence[str], settings: Settings, digester: Digester, scan: stages.Scan
+) -> tuple[Mapped, pa.Table, list[pa.Table]]:
     """In the place of stages.read_shards."""
     began = time.process_time()
     found: dict[int, Scanned] = {}
@@ -62,7 +64,7 @@ def read(region_names: Sequence[str], settings: Settings, scan: stages.Scan) -> 
         number = np.concatenate((chosen, alone))
         frames = -(-zero // 512)  # zero pages come first, a row for each frame of the size of a huge page
         words = np.empty((frames + len(number), 2), ">u8")
-        words[:frames] = np.frombuffer(fill_digest(0, settings.page_size), ">u8")
+        words[:frames] = np.frombuffer(digester.of_word(0, settings.page_size), ">u8")
         words[frames:, 0], words[frames:, 1] = mixed(number), mixed(number ^ np.uint64(0x5555))
         rows = len(words)
         pages = np.ones(rows, np.int64)

@@ -57,7 +57,7 @@ __all__ = [
     "write_related",
 ]
 
-_PLAN_VERSION = 2
+_PLAN_VERSION = 3
 _OURS = ("lock", "plan.json", "work", "stable_tree", "checksums", "metrics.prom")  # and tables, .parquet
 
 
@@ -336,6 +336,8 @@ class Checkpoint:
         done = self.finished()
         if there != wanted and done:
             what = "of other images or settings" if there is not None else "that this version cannot read"
+            if there is not None and there.get("key") != wanted.get("key"):
+                what = "under another key"
             raise RunDirectoryError(
                 f"an unfinished run {what} is here, with {done} finished tasks",
                 str(self.directory),

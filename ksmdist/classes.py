@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 
 from ksmdist.columns import arrow, joined, present, values
-from ksmdist.digests import fill_digest
 from ksmdist.groups import group_any, group_min, group_starts, group_sum, order_by
 from ksmdist.settings import Settings
 from ksmdist.tables import CLASSES, KINDS, PAGE_FLAGS, REASONS, SHARD_CONTENT
@@ -52,11 +51,17 @@ def huge_page_bytes(page_size: int) -> int:
 
 
 def classify(
-    page: pa.RecordBatch, image: int, settings: Settings, regions: np.ndarray, volatile: np.ndarray | None = None
+    page: pa.RecordBatch,
+    image: int,
+    settings: Settings,
+    regions: np.ndarray,
+    zero_digest: bytes,
+    volatile: np.ndarray | None = None,
 ) -> Classified:
     """A `page` batch of one image -> its pages by class, kind and region, and what they hold.
 
     regions: int32, the run's number of each region that the image names, which `content` has.
+    zero_digest: of the zero page: those that KSM has mapped have no bytes to hash.
     volatile: bool, pages that changed since the pass before; None where there was one pass.
     Of the settings, page_size, eligible and zero_page_colors count. eligible `all`: every page that
     KSM could take were its mapping marked; never file pages or pages with neither bytes nor the zero page.
@@ -113,9 +118,7 @@ def classify(
     n = len(first)
     at, ends = np.concatenate((first, other)), np.concatenate((last, other))
     rows = _Rows(
-        digest=np.concatenate(
-            (np.tile(np.frombuffer(fill_digest(0, settings.page_size), np.uint8), (n, 1)), digest[other])
-        ),
+        digest=np.concatenate((np.tile(np.frombuffer(zero_digest, np.uint8), (n, 1)), digest[other])),
         image=np.full(n + len(other), image, np.int32),
         node=node[at],
         eligible=may[at],

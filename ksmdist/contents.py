@@ -15,7 +15,7 @@ from ksmdist.columns import arrow, strings
 from ksmdist.tables import CONTENTS, KINDS, WHATS
 from ksmdist.tree import Top
 
-__all__ = ["Seen", "contents_table", "look"]
+__all__ = ["Seen", "contents_table", "entropy_classes", "look"]
 
 _ZERO, _FILL_WORD, _ELF, _PAGE_TABLE, _TEXT, _CODE, _LOW, _HIGH, _DATA = range(len(WHATS))
 
@@ -41,6 +41,7 @@ _WORDS = {
     0xCAFEBABE: "0xcafebabe",
     0x07200720: "VGA text screen, blank",
 }
+_LOW_BITS, _HIGH_BITS = 4.0, 7.2  # of entropy a byte
 _ELF_TYPES = {1: "relocatable", 2: "executable", 3: "shared object", 4: "core"}
 _ELF_MACHINES = {3: "x86", 8: "MIPS", 20: "PowerPC", 21: "PowerPC 64", 22: "s390", 40: "ARM", 62: "x86-64"}
 _ELF_MACHINES |= {183: "AArch64", 243: "RISC-V", 258: "LoongArch"}
@@ -75,17 +76,15 @@ def look(pages: np.ndarray) -> list[tuple[int, str]]:
     n, size = pages.shape
     words = pages.view("<u8")
     same = (words == words[:, :1]).all(axis=1)
-    # A row at a time: 256 counters stay in the cache, where one count of all rows takes three times as long.
-    histogram = np.stack([np.bincount(row, minlength=256) for row in pages])
-    share = histogram / size
-    entropy = -(share * np.log2(share, out=np.zeros_like(share), where=histogram > 0)).sum(axis=1)
+    histogram = _histogram(pages)
+    share, entropy = histogram / size, _entropy(histogram)
     printable = histogram[:, 32:127].sum(axis=1) + histogram[:, 9:14].sum(axis=1)
     filled = size - histogram[:, 0]
     text = (filled >= 64) & (printable >= 0.95 * filled)
     x86 = share[:, _X86].sum(axis=1)
     last = np.stack([np.bincount(row, minlength=256) for row in pages[:, 3::4]])
     aarch64 = last[:, _AARCH64].sum(axis=1) / (size // 4)
-    code = (entropy > 4.0) & (entropy < 7.2) & ((x86 >= 0.24) | (aarch64 >= 0.7))
+    code = (entropy > _LOW_BITS) & (entropy < _HIGH_BITS) & ((x86 >= 0.24) | (aarch64 >= 0.7))
     tables = _page_tables(words)
     found = []
     for row in range(n):
@@ -99,13 +98,37 @@ def look(pages: np.ndarray) -> list[tuple[int, str]]:
             found.append((_TEXT, ""))
         elif code[row]:
             found.append((_CODE, "x86-64" if x86[row] >= 0.24 else "AArch64"))
-        elif entropy[row] < 4.0:
+        elif entropy[row] < _LOW_BITS:
             found.append((_LOW, f"{entropy[row]:.1f} bits a byte, {filled[row]} bytes not zero"))
-        elif entropy[row] >= 7.2:
+        elif entropy[row] >= _HIGH_BITS:
             found.append((_HIGH, f"{entropy[row]:.1f} bits a byte: compressed, encrypted or random"))
         else:
             found.append((_DATA, f"{entropy[row]:.1f} bits a byte"))
     return found
+
+
+def entropy_classes(pages: np.ndarray) -> np.ndarray:
+    """Pages, uint8[n, page_size] -> int8[n]: 0 below 4 bits of entropy a byte, 2 from 7.2 on, 1 between.
+
+    Of the bytes' frequencies alone, as low_entropy and high_entropy of WHATS; what order they are in does not count.
+    """
+    if len(pages) == 0:
+        return np.zeros(0, np.int8)
+    classes: np.ndarray = np.digitize(_entropy(_histogram(pages)), (_LOW_BITS, _HIGH_BITS)).astype(np.int8)
+    return classes
+
+
+def _histogram(pages: np.ndarray) -> np.ndarray:
+    """int64[n, 256]: how often each byte is in each page."""
+    # A row at a time: 256 counters stay in the cache, where one count of all rows takes three times as long.
+    return np.stack([np.bincount(row, minlength=256) for row in pages])
+
+
+def _entropy(histogram: np.ndarray) -> np.ndarray:
+    """float64[n]: bits a byte."""
+    share = histogram / histogram.sum(axis=1, keepdims=True)
+    entropy: np.ndarray = -(share * np.log2(share, out=np.zeros_like(share), where=histogram > 0)).sum(axis=1)
+    return entropy
 
 
 def _elf(head: bytes) -> str:

@@ -1,8 +1,8 @@
 """What is to be scanned and where it is: paths and URIs, patterns and folders, manifests of fleets.
 
 A manifest is YAML (a list of entries, or `images:` with one) or Parquet, a row an entry, with the keys image,
-uri, host, tenant, kind, pass and base; only uri must be there. With a `host`, a path is of a file that the node of
-that name alone has.
+uri, host, tenant, salt, kind, pass and base; only uri must be there. With a `host`, a path is of a file that the node
+of that name alone has.
 
 Raises SettingsError: a manifest or a name that cannot be; ImageReadError: what is not there or cannot be listed.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +26,7 @@ from ksmdist.images.uris import Uri, is_uri, local_path, parse_uri
 
 __all__ = ["KEYS", "RAW_ENDINGS", "Expanded", "Source", "absolute", "expand", "parse", "read_manifest"]
 
-KEYS = ("image", "uri", "host", "tenant", "kind", "pass", "base")
+KEYS = ("image", "uri", "host", "tenant", "salt", "kind", "pass", "base")
 """Keys of a manifest's entry, columns of a manifest in Parquet."""
 
 RAW_ENDINGS = (".raw", ".mem", ".img", ".vmem", ".bin", ".dump", ".ram", ".core", "memory-ranges", "mem_file")
@@ -40,7 +40,7 @@ _IMAGE_ENDINGS = (*RAW_ENDINGS, ".elf", ".arrow", ".kdump", ".lime", ".avml", ".
 
 _MOST_BYTES = 256 << 20  # of a manifest: a million entries are about 100 MiB
 _MOST_ENTRIES = 1_000_000
-_MOST_TEXT = {"uri": 4096, "base": 4096, "image": 1024, "host": 255, "tenant": 255}
+_MOST_TEXT = {"uri": 4096, "base": 4096, "image": 1024, "host": 255, "tenant": 255, "salt": 255}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class Source:
     uri:          a path or URI, as the node that reads it opens it
     node:         the node that alone has it; "": every node sees it
     image_id, host, tenant, kind, pass_number: as the manifest says; "" and None: as the image says
+    salt:         likewise; images with another salt share nothing under policy salt. Not to be shown
     base:         files that it is laid over, the lowest first, as the node that reads it opens them
     """
 
@@ -61,6 +62,7 @@ class Source:
     kind: str = ""
     pass_number: int | None = None
     base: tuple[str, ...] = ()
+    salt: str = field(default="", repr=False)
 
     def __str__(self) -> str:
         return str(Uri("node", self.node, self.uri[1:])) if self.node else self.uri
@@ -136,15 +138,16 @@ def _source(fields: Mapping[str, object], manifest: str, where: str) -> Source:
         if key not in KEYS:
             raise SettingsError(f"has the unknown key {key!r}", where, f"use {', '.join(KEYS)}")
     text: dict[str, str] = {}
-    for key in ("image", "uri", "host", "tenant", "kind", "base"):
+    for key in ("image", "uri", "host", "tenant", "salt", "kind", "base"):
         value = fields.get(key)
         if value is None:
             text[key] = ""
             continue
         if not isinstance(value, str):
-            raise SettingsError(f"{key} is {_shown(value)}, not a text", where, "put it in quotes")
+            raise SettingsError(f"{key} is {_shown(value, key)}, not a text", where, "put it in quotes")
         if not value or not value.isprintable() or len(value) > _MOST_TEXT.get(key, 64):
-            raise SettingsError(f"{key} {_shown(value)} cannot be", where, "give a text of a line, or leave it out")
+            shown = _shown(value, key)
+            raise SettingsError(f"{key} {shown} cannot be", where, "give a text of a line, or leave it out")
         text[key] = value
     number = fields.get("pass")
     if number is not None and (not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < 1 << 31):
@@ -178,6 +181,7 @@ def _source(fields: Mapping[str, object], manifest: str, where: str) -> Source:
         image_id=text["image"],
         host=host or source.node,
         tenant=text["tenant"],
+        salt=text["salt"],
         kind=text["kind"],
         pass_number=number,
         base=(base,) if base else (),
@@ -195,7 +199,9 @@ def _beside(manifest: str, path: str) -> str:
     return str(replace(uri, path=os.path.normpath(os.path.join(os.path.dirname(uri.path), path))))
 
 
-def _shown(value: object) -> str:
+def _shown(value: object, key: str = "") -> str:
+    if key == "salt":
+        return f"(a {type(value).__name__}, which is not shown)"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

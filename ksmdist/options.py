@@ -22,9 +22,11 @@ __all__ = [
     "Image",
     "Json",
     "Kernel",
+    "KeyFile",
     "Manifest",
     "MaxPageSharing",
     "MergeAcrossNodes",
+    "NoKey",
     "PageSize",
     "PagesToScan",
     "Quiet",
@@ -80,6 +82,15 @@ Format = Annotated[
         "--format", help=f"Force the format: {', '.join(known.name for known in FORMATS)}. [default: by magic]"
     ),
 ]
+KeyFile = Annotated[
+    str | None,
+    typer.Option(
+        "--key-file",
+        metavar="FILE",
+        help="The key that hashes are seeded with: 64 hexadecimal digits. [default: KSMDIST_KEY, or the user's]",
+    ),
+]
+NoKey = Annotated[bool, typer.Option("--no-key", help="Hash without a key, as anybody could: for test vectors.")]
 Engine = Annotated[str, typer.Option("--engine", help="auto, inline or ray.")]
 Address = Annotated[str | None, typer.Option("--address", help="A running Ray cluster. [default: RAY_ADDRESS, if set]")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ksmdist import contents, counters, identities, scanned, spectra, store
+from ksmdist.collisions import Confirmed
 from ksmdist.contents import Seen
 from ksmdist.counters import Prediction
 from ksmdist.identities import Identity
@@ -75,7 +76,9 @@ class Outcome:
     totals:    of all merges; changing: the same, with pages that changed between passes counted as if they had not
     huge:      the parts of table `huge`
     seen:      what contents of totals.top are, by row
+    unseen:    rare contents of table `exposure` that were to be looked at, and could not be read again
     history:   passes of the images; previous: path of the run before
+    confirmed: what came of confirming equal digests; key: fingerprint of the site key
     """
 
     settings: Settings
@@ -89,8 +92,11 @@ class Outcome:
     changing: Totals | None
     huge: Sequence[pa.Table]
     seen: Mapping[int, Seen]
+    unseen: int
     history: History
     previous: str | None
+    confirmed: Confirmed
+    key: str | None
 
     @cached_property
     def holes_table(self) -> pa.Table:
@@ -175,6 +181,13 @@ class Outcome:
                 "images": [image.image_id for image in self.opened if not image.reached],
             },
             "filtered": scanned.filtered_images(self.opened),
+            "verified": {
+                "verify": self.settings.verify,
+                "contents": self.confirmed.contents,
+                "pages": self.confirmed.pages,
+                "unread": self.confirmed.unread,
+                "collided": len(self.confirmed.collided),
+            },
             "settings": self.settings.as_dict(),
             "zero_colors": self._tables[ZERO_COLORS.name].to_pylist(),
             "policy": self._tables[POLICY.name].to_pylist(),
@@ -201,6 +214,21 @@ class Outcome:
                 f"contents: the first pages of {unknown:,} of {len(filled):,} could not be read again: what these "
                 "contents are is not known"
             )
+        if self.unseen:
+            said.append(
+                f"exposure: the first pages of {self.unseen:,} contents of just two tenants could not be read again: "
+                "their entropy is not known"
+            )
+        if len(self.confirmed.collided):
+            said.append(
+                f"verify: {len(self.confirmed.collided):,} digests turned out to be of several contents each, which "
+                "are counted apart: chance does not do this to 128 bits, so that somebody may know the seed of the key"
+            )
+        if self.confirmed.unread:
+            said.append(
+                f"verify: {self.confirmed.unread:,} of {self.confirmed.pages:,} pages could not be read again: that "
+                "they are what their digests say is not confirmed"
+            )
         several = self.history.images
         for number, image in enumerate(self.opened):
             if several and number not in several and image.reached:
@@ -221,11 +249,12 @@ class Outcome:
             "identities": [asdict(identity) | {"holds": identity.holds} for identity in self.identities],
             "caveats": self.caveats,
             "previous": self.previous,
+            "key": self.key,
         }
 
 
 def _of_manifest(image: Opened) -> dict[str, object]:
-    """What run.json says of an image: not its regions, which have a table."""
-    left_out = ("regions", "passed_over", "ksm_stat")
+    """What run.json says of an image: not its regions, which have a table, and of its salt the group alone."""
+    left_out = ("regions", "passed_over", "ksm_stat", "salt")
     fields = {name: value for name, value in asdict(image.info).items() if name not in left_out}
-    return fields | {"image_id": image.image_id, "node": image.node, "reached": image.reached}
+    return fields | {"image_id": image.image_id, "node": image.node, "reached": image.reached, "salt": image.salt}

@@ -16,7 +16,7 @@ from ksmdist.columns import arrow, joined, strings
 from ksmdist.groups import group_starts
 from ksmdist.tables import IMAGE_SET, SHARING
 
-__all__ = ["Pairs", "find_sets"]
+__all__ = ["Pairs", "find_sets", "spread"]
 
 _PAIRS_AT_ONCE = 1 << 20
 _ROWS_A_TABLE = 1 << 18
@@ -35,14 +35,14 @@ def find_sets(content: np.ndarray, image: np.ndarray, pages: np.ndarray) -> pa.T
     if len(starts) == 0:
         return IMAGE_SET.schema.empty_table()
     # Equal sets come together by a sum of mixed numbers; whether they are equal is then looked at in full.
-    rows = _members(starts, length)
+    rows = spread(starts, length)
     edges = np.cumsum(length) - length
     mixed = (image[rows].astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
     order = np.lexsort((np.add.reduceat(mixed, edges), length))
     starts, length = starts[order], length[order]
-    rows = _members(starts, length)
+    rows = spread(starts, length)
     edges = np.cumsum(length) - length
     members = image[rows]
     at = np.arange(len(rows)) - np.repeat(length, length)  # the same place in the set before, if it is as long
@@ -55,7 +55,7 @@ def find_sets(content: np.ndarray, image: np.ndarray, pages: np.ndarray) -> pa.T
     into = np.cumsum(widths) - widths
     place = np.arange(len(rows)) - np.repeat(edges, length) + np.repeat(into[number], length)
     total = np.bincount(place, pages[rows], int(widths.sum())).astype(np.int64)  # exact below 2**53 pages
-    kept = _members(edges[first], widths)
+    kept = spread(edges[first], widths)
     columns = [
         np.repeat(np.arange(len(first)), widths).astype(np.int64),
         members[kept].astype(np.int32),
@@ -65,8 +65,8 @@ def find_sets(content: np.ndarray, image: np.ndarray, pages: np.ndarray) -> pa.T
     return pa.Table.from_arrays([arrow(column) for column in columns], schema=IMAGE_SET.schema)
 
 
-def _members(starts: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """Rows starts[0], starts[0] + 1 ..., `length` of each, end to end."""
+def spread(starts: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """int64[sum(length)]: rows starts[0], starts[0] + 1 ..., length[0] of them, then those of the next, end to end."""
     return np.repeat(starts - (np.cumsum(length) - length), length) + np.arange(int(length.sum()))
 
 
@@ -102,7 +102,7 @@ class Pairs:
             self._add(of, some, many)
 
     def _add(self, of: _Members, one: np.ndarray, count: np.ndarray) -> None:
-        other = _members(one + 1, count)
+        other = spread(one + 1, count)
         one = np.repeat(one, count)
         at = (of.image[one] - self._first) * self._sums.shape[2] + of.image[other]
         for number, weight in enumerate((of.contents[one], of.pages[one], of.pages[other])):

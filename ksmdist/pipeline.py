@@ -17,19 +17,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ksmdist import checkpoint, checksums, engines, outcome, plan, roster, runs, stages, store
+from ksmdist import checkpoint, checksums, engines, keys, outcome, plan, roster, runs, scans, stages, store, tenants
 from ksmdist import previous as earlier_run
 from ksmdist.checkpoint import Checkpoint
 from ksmdist.contents import Seen
+from ksmdist.digests import Digester
 from ksmdist.engines import Engine, Stage
 from ksmdist.errors import EngineError, KsmdistError, RunDirectoryError, SettingsError
 from ksmdist.fleet import Source
 from ksmdist.images.uris import is_uri
+from ksmdist.keys import Key
 from ksmdist.passes import Compared
 from ksmdist.plan import Estimate, Plan
 from ksmdist.previous import History
 from ksmdist.runs import Run
-from ksmdist.scanned import Opened, Scanned, filtered_images
+from ksmdist.scanned import Opened, filtered_images
 from ksmdist.settings import Settings
 from ksmdist.tables import KSM_STAT, REGIONS, SHARING, TABLES
 from ksmdist.timings import Clock, NoProgress, Progress, metrics
@@ -53,6 +55,7 @@ def run(
     strict: bool = False,
     previous: str | os.PathLike[str] | None = None,
     base: Sequence[str | os.PathLike[str]] = (),
+    key: Key | None = None,
 ) -> Run:
     """Scan memory images, merge what they share, count it as KSM would, and write the run directory.
 
@@ -61,6 +64,7 @@ def run(
     base: files that the images of `paths` are laid over, the lowest first: a hole in them is unchanged memory.
     previous: an earlier run of these images, by image id: pages that changed since are volatile. So are those that
     changed since the pass before, where the manifest has several passes of an image.
+    key: that the hashes are seeded with; None: the user's, as keys.load() finds or makes it.
     The tables written depend on the images and the settings alone: not on the engine, the number
     of workers, ranges or pages in a shard, nor on the order of the images, nor on what failed on the way.
     Raises KsmdistError; then nothing is left at `out`, and what tasks have finished is in `out`.partial,
@@ -69,6 +73,7 @@ def run(
     clock = Clock()
     settings = settings or Settings()
     progress = progress or NoProgress()
+    key = key or keys.load()
     checkpoint.check_free(_absolute(out))
     before = None if previous is None else Path(os.path.abspath(previous))
     more = [] if before is None else earlier_run.sources(before, settings.page_size)
@@ -84,8 +89,9 @@ def run(
             "images": [image.as_json() for image in opened],
             "left_out": [list(pair) for pair in left_out],
             "previous": described_run,
+            "key": key.fingerprint,
         }
-        return _run(Checkpoint.begin(_absolute(out), described), Path(out), runner, choice, progress, clock)
+        return _run(Checkpoint.begin(_absolute(out), described), Path(out), key, runner, choice, progress, clock)
 
 
 def resume(
@@ -94,19 +100,27 @@ def resume(
     address: str | None = None,
     progress: Progress | None = None,
     task_memory: int | None = None,
+    key: Key | None = None,
 ) -> Run:
     """Take up the unfinished run that was to be at `out`: tasks that are finished are not done again.
 
-    task_memory: for merges on other machines than those it was begun on, bytes. Raises KsmdistError, as run() does.
+    task_memory: for merges on other machines than those it was begun on, bytes. key: as run() has it; it must be the
+    one that the run was begun with. Raises KsmdistError, as run() does.
     """
     clock = Clock()
     progress = progress or NoProgress()
+    key = key or keys.load()
     held = Checkpoint.resume(_absolute(out))
     if held.complete:
         held.finish()
         held.close()
         return runs.load(out)
     settings, opened, _, _ = _planned(held)
+    try:
+        keys.check_same(key, held.plan["key"], str(out))
+    except BaseException:
+        held.close()
+        raise
     if task_memory is not None:
         held.plan["settings"] = replace(settings, task_memory=task_memory).as_dict()
     try:
@@ -119,7 +133,7 @@ def resume(
         held.close()
         raise
     try:
-        return _run(held, Path(out), runner, choice, progress, clock)
+        return _run(held, Path(out), key, runner, choice, progress, clock)
     finally:
         runner.close()
 
@@ -201,12 +215,20 @@ def _planned(held: Checkpoint) -> tuple[Settings, list[Opened], list[tuple[str, 
         ) from None
 
 
-def _run(held: Checkpoint, out: Path, runner: Engine, choice: engines.Choice, progress: Progress, clock: Clock) -> Run:
+def _run(
+    held: Checkpoint,
+    out: Path,
+    key: Key,
+    runner: Engine,
+    choice: engines.Choice,
+    progress: Progress,
+    clock: Clock,
+) -> Run:
     """All that follows the plan; on failure what is finished is kept, and the error says so."""
     settings, opened, left_out, previous = _planned(held)
     planned = plan.plan([image.info.pages for image in opened], [image.node for image in opened], settings)
     try:
-        done = _flow(held, out, planned, opened, left_out, previous, runner, choice, progress, clock)
+        done = _flow(held, out, key, planned, opened, left_out, previous, runner, choice, progress, clock)
         held.finish()
     except BaseException as error:
         finished, complete = held.finished(), held.complete
@@ -226,6 +248,7 @@ def _run(held: Checkpoint, out: Path, runner: Engine, choice: engines.Choice, pr
 def _flow(
     held: Checkpoint,
     out: Path,
+    key: Key,
     planned: Plan,
     opened: Sequence[Opened],
     left_out: Sequence[tuple[str, str]],
@@ -250,23 +273,8 @@ def _flow(
         clock.lap("checksum", f"pass {number + 1}", progress)
 
     # Map.
-    found = [Scanned.nothing(info, settings) for info in infos]
-    holes = [(number, hole) for number, image in enumerate(opened) for hole in image.holes]
-    levels = plan.combinations(len(planned.tasks), settings.fan_in)
-    written = _Written(len(planned.tasks), settings.ranges, keep=not levels)
-    again = 0
-
-    def on_scanned(number: int, result: stages.Result) -> None:
-        nonlocal again
-        for image, of_image in result.mapped.images.items():
-            found[image].add(of_image)
-        holes.extend(result.mapped.holes)
-        written.add(number, result.written)
-        again += result.again
-        progress.scanned(result.mapped.pages)
-
     names = sorted({name for info in infos for name in info.regions if name})
-    scan = functools.partial(stages.scan, directory, names, settings, stages.read_shards)
+    levels = plan.combinations(len(planned.tasks), settings.fan_in)
     tasks = [
         stages.Scan(
             task,
@@ -276,43 +284,10 @@ def _flow(
         )
         for task in planned.tasks
     ]
-    _need_nodes(runner, tasks, directory, settings)
-    runner.run(
-        Stage(
-            "scan",
-            scan,
-            _describe_scan,
-            functools.partial(_node_of, directory, settings),
-            _figures,
-            planned.scan_memory,
-            False,
-        ),
-        tasks,
-        on_scanned,
-    )
-    kept = f", {again} of them finished before" if again else ""
-    clock.lap("scan", f"{len(tasks)} tasks{kept}, {total:,} pages", progress, total * settings.page_size)
-
-    # The tree of merges, where there are many results.
-    for level in levels:
-        written = _Written(len(level), settings.ranges, keep=level is levels[-1])
-
-        def on_combined(number: int, result: stages.Result, into: _Written = written) -> None:
-            into.add(number, result.written)
-
-        runner.run(
-            Stage(
-                "combine",
-                functools.partial(stages.combine, directory, settings),
-                lambda c: f"combine {c.number} of level {c.level}: results [{c.first}, {c.last})",
-                engines.any_node,
-                _figures,
-                settings.task_memory,
-            ),
-            level,
-            on_combined,
-        )
-        clock.lap("combine", f"{len(level)} tasks, {written.total:,} rows left", progress)
+    known = [(number, hole) for number, image in enumerate(opened) for hole in image.holes]
+    mapped = scans.scan_all(planned, tasks, infos, names, directory, key.digester, not levels, runner, progress, clock)
+    found, holes, digester = mapped.found, known + mapped.holes, mapped.digester
+    written = scans.combine_all(levels, directory, settings, mapped.written, runner, progress, clock)
     history.add({number: image.number for number, image in enumerate(opened)}, [one.compared for one in found])
     results = [(len(levels), number) for number in range(len(levels[-1] if levels else tasks))]
 
@@ -323,17 +298,20 @@ def _flow(
         stages.Merge(piece, written.offsets[:, piece.range], written.offsets[:, piece.range + 1]) for piece in pieces
     ]
     groups = plan.groups([info.pages for info in infos])
-    owners = Owners(ids, [info.host for info in infos], [info.tenant for info in infos])
+    salts = [image.salt for image in opened]
+    owners = Owners(ids, [info.host for info in infos], [info.tenant for info in infos], salts)
     totals = Totals(len(infos), settings.contents)
     changing = Totals(len(infos), 0) if history.images else None
     sets = np.zeros((len(pieces), 2), np.int64)
     frames = np.zeros((len(pieces), len(groups)), np.int64)
+    exposed = np.zeros((len(pieces), 5), np.int64)
 
     def on_merged(number: int, reduced: stages.Reduced) -> None:
         totals.add(reduced.merged)
         if changing is not None:
             changing.add(reduced.changing or reduced.merged)
         sets[number], frames[number] = reduced.sets.offsets, reduced.frames.offsets
+        exposed[number] = reduced.exposed
         progress.merged(len(pieces))
 
     runner.run(
@@ -356,7 +334,8 @@ def _flow(
         for number, (first, last) in enumerate(itertools.pairwise(groups))
     ]
     huge = _relate(relations, directory, ids, settings, runner)
-    seen = _inspect(outcome.looks(totals.top, opened), runner, progress)
+    seen = _inspect(outcome.looks(totals.top, opened), digester, runner, progress)
+    unseen = tenants.expose(directory, opened, exposed, digester, settings.task_memory, runner, progress)
     clock.lap("relate", f"{len(relations)} tasks, {len(seen):,} contents looked at", progress)
 
     # Count.
@@ -372,8 +351,11 @@ def _flow(
         changing=changing,
         huge=huge,
         seen=seen,
+        unseen=unseen,
         history=history,
         previous=None if previous is None else previous["run"],
+        confirmed=mapped.confirmed,
+        key=key.fingerprint,
     )
     tables = done.tables()
     for name, table in tables.items():
@@ -385,11 +367,12 @@ def _flow(
     engine = {"name": choice.name, "why": choice.why, "tasks": len(tasks), "shards": planned.shards}
     summary = done.summary() | {"engine": choice.name, "engine_why": choice.why, "run": os.fspath(out)}
     laps = clock.laps
-    store.write_text(metrics(laps, summary, len(tasks), len(pieces), again), directory, "metrics.prom")
+    store.write_text(metrics(laps, summary, len(tasks), len(pieces), mapped.again), directory, "metrics.prom")
     timings = {
         "start_s": round(laps.get("open", 0) + laps["start"], 3),
         "checksum_s": round(laps.get("checksum", 0), 3),
         "scan_s": round(laps["scan"], 3),
+        "confirm_s": round(laps.get("confirm", 0), 3),
         "combine_s": round(laps.get("combine", 0), 3),
         "merge_s": round(laps["merge"] + laps["relate"] + laps["count"], 3),
     }
@@ -419,7 +402,9 @@ def _relate(
     return [found[number][0] for number in range(len(tasks))]
 
 
-def _inspect(looks: Sequence[stages.Inspect], runner: Engine, progress: Progress) -> dict[int, Seen]:
+def _inspect(
+    looks: Sequence[stages.Inspect], digester: Digester, runner: Engine, progress: Progress
+) -> dict[int, Seen]:
     """What the contents merged most are, by row; without those whose image is gone, or its node."""
     seen: dict[int, Seen] = {}
     nodes = runner.machines().nodes
@@ -427,7 +412,7 @@ def _inspect(looks: Sequence[stages.Inspect], runner: Engine, progress: Progress
         runner.run(
             Stage(
                 "inspect",
-                stages.inspect,
+                functools.partial(stages.inspect, digester),
                 lambda task: f"inspect {len(task.rows)} contents",
                 lambda task: task.node,
                 lambda result: {"contents": len(result)},
@@ -439,25 +424,6 @@ def _inspect(looks: Sequence[stages.Inspect], runner: Engine, progress: Progress
     except EngineError as error:  # a node has left: all is counted, and a caveat says what is not known
         progress.stage(f"inspect: {error}")
     return seen
-
-
-class _Written:
-    """Where the rows of a level's results are. rows: int64[ranges], of all; offsets: int64[results, ranges + 1]."""
-
-    def __init__(self, results: int, ranges: int, keep: bool) -> None:
-        self.rows = np.zeros(ranges, np.int64)
-        self.offsets = np.zeros((results if keep else 0, ranges + 1), np.int64)
-
-    def add(self, number: int, written: checkpoint.Written) -> None:
-        """Note a result; where more are to come together first, its offsets are in its mark alone."""
-        self.rows += written.rows
-        if len(self.offsets):
-            self.offsets[number] = written.offsets
-
-    @property
-    def total(self) -> int:
-        """Rows in all."""
-        return int(self.rows.sum())
 
 
 def _absolute(out: str | os.PathLike[str]) -> Path:
@@ -509,7 +475,7 @@ def _earlier_pass(
         Stage(
             "checksum",
             functools.partial(stages.checksum, directory, level),
-            lambda scan: f"pass {level + 1}: {_describe_scan(scan)}",
+            lambda scan: f"pass {level + 1}: {scans.describe(scan)}",
             lambda scan: "" if stages.is_checksummed(directory, level, scan) else scan.task.node,
             lambda result: {"pages": sum(compared.pages for compared in result.values())},
             planned.scan_memory,
@@ -527,37 +493,5 @@ def _earlier_pass(
     history.add({number: image.number for number, image in images.items()}, found, checksums.find(files))
 
 
-def _node_of(directory: Path, settings: Settings, scan: stages.Scan) -> str:
-    """The node that must scan it: any, where that is done, and well, and only its mark has to be read."""
-    if not scan.task.node or not stages.is_scanned(directory, settings, scan):
-        return scan.task.node
-    return ""
-
-
-def _need_nodes(runner: Engine, tasks: Sequence[stages.Scan], directory: Path, settings: Settings) -> None:
-    """Raises EngineError where a node that must scan something is not there."""
-    wanted = {scan.task.node for scan in tasks if scan.task.node}
-    missing = wanted - runner.machines().nodes if wanted else set()
-    for scan in tasks:
-        if scan.task.node in missing and _node_of(directory, settings, scan):
-            raise EngineError(
-                "has images of this run, and is not in the cluster",
-                f"node {scan.task.node}",
-                "start Ray there, and give the cluster with --address",
-            )
-
-
-def _describe_scan(scan: stages.Scan) -> str:
-    first, last = scan.task.shards[0], scan.task.shards[-1]
-    where = f"{scan.images[first.image].image_id} [{first.start}, {first.end})"
-    if first is last:
-        return f"scan {where}"
-    return f"scan {where} to {scan.images[last.image].image_id} [{last.start}, {last.end})"
-
-
 def _describe_merge(pieces: int, merge: stages.Merge) -> str:
     return f"merge range {merge.piece.number + 1}/{pieces}"
-
-
-def _figures(result: stages.Result) -> Mapping[str, int]:
-    return {"pages": result.mapped.pages, "rows": int(result.written.rows.sum())}

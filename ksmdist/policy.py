@@ -1,8 +1,9 @@
-"""What is saved if merging is allowed for some pages only, or only within an image or a tenant."""
+"""What is saved if merging is allowed for some pages only, or only within an image, a tenant or a salt."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,9 +23,11 @@ def policy_table(sharing: Sharing, settings: Settings) -> pa.Table:
     """The `policy` table: each step of the ladder counted as KSM would count it under these settings.
 
     A step is a prediction in which what may not merge is no content: within a tenant, a content that two tenants hold
-    is two contents. So `all` is what the run itself counts.
+    is two contents. So `all` is what the run itself counts, and what a step costs is what it saves less.
+    salt: pages merge if content and salt match, as ESX has it (sched.mem.pshare.salt, with Mem.ShareForceSalting=1, by
+    which machines without a salt have salt 0 all; Broadcom KB 323624, vSphere's advanced memory attributes).
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     counted: dict[tuple[str, int], Counters] = {}
     for level, policy in enumerate(POLICIES):
         scope = policy if policy in SCOPES else "all"
@@ -48,6 +51,9 @@ def policy_table(sharing: Sharing, settings: Settings) -> pa.Table:
                 "saved_gib": sum(saved) * settings.page_size / (1 << 30),
             }
         )
+    whole = rows[-1]["saved_bytes"]
+    rows = [row | {"cost_bytes": whole - row["saved_bytes"]} for row in rows]
+    rows = [row | {"cost_gib": row["cost_bytes"] / (1 << 30)} for row in rows]
     return pa.Table.from_pylist(rows, schema=POLICY.schema)
 
 
@@ -68,9 +74,9 @@ def _counted(sharing: Sharing, settings: Settings, scope: str, kind: int) -> Cou
 
 
 def _parts(pattern: Pattern, sharing: Sharing, scope: str) -> list[Pattern]:
-    """A pattern cut into those of each image, or tenant."""
+    """A pattern cut into those of each image, or tenant, or salt."""
     if scope == "all":
         return [pattern]
     image = pattern.rows[:, 0]
-    owner = image if scope == "image" else sharing.tenants[image]
+    owner = image if scope == "image" else (sharing.tenants if scope == "tenant" else sharing.salts)[image]
     return [replace(pattern, rows=pattern.rows[owner == number]) for number in np.unique(owner).tolist()]

@@ -8,13 +8,13 @@ could as well write them (COPY, also inside EXPLAIN ANALYZE and WITH): SQL from 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ksmdist import store, streams
+from ksmdist import intake, store, streams
 from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.schema import Table
 from ksmdist.tables import TABLES
@@ -23,6 +23,16 @@ __all__ = ["Answer", "ask", "json_value", "tables_of"]
 
 _ROWS = 1024
 _LINES = 6  # of DuckDB's message
+_CLOSED = {
+    "temp_directory": "''",  # nothing of a run is left elsewhere, not even where a query needs more than memory has
+    "autoinstall_known_extensions": "false",  # nothing is fetched, and nothing that lies about is loaded
+    "autoload_known_extensions": "false",
+    "allow_community_extensions": "false",
+    "python_enable_replacements": "false",  # a table of Python's variables is none of the run
+    "python_scan_all_frames": "false",
+    "allow_persistent_secrets": "false",
+}
+"""DuckDB's settings that let SQL reach anything but the tables it was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +63,8 @@ def ask(run: Path, sql: str) -> Iterator[Answer]:
         ) from None
     try:
         with duckdb.connect(":memory:") as connection:
-            # Nothing of a run is to be left elsewhere, not even where a query needs more than memory has.
-            connection.execute("set temp_directory = ''")
+            for name, value in _CLOSED.items():
+                connection.execute(f"set {name} = {value}")
             tables = tables_of(run)
             for table in tables:
                 connection.register(table.name, _data_set(run, table))
@@ -76,11 +86,11 @@ def ask(run: Path, sql: str) -> Iterator[Answer]:
 def _check(run: Path, table: Table) -> None:
     """Raise RunDirectoryError where a table's files are not what its definition says: DuckDB would show nulls."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        for path in streams.files(run, table):
-            store.check_schema(pq.read_schema(path), table, run, path.name)
+        for name in streams.files(run, table):
+            with intake.open_arrow(run, name) as source:
+                store.checked_file(source, table, run, name)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise _unreadable(run, table, error) from None
 
@@ -92,16 +102,46 @@ def _unreadable(run: Path, table: Table, error: Exception) -> RunDirectoryError:
 
 
 def _data_set(run: Path, table: Table) -> Any:
-    """A table's files as one Arrow data set."""
+    """A table's files as one Arrow data set, opened as intake.py says, texts as they are in the files."""
     import pyarrow as pa
     import pyarrow.dataset as dataset
 
+    schema = table.schema.remove_metadata()
+    texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    for name in texts:  # one long text of a million rows would be a million texts
+        kind = pa.dictionary(pa.int32(), pa.string())
+        schema = schema.set(schema.get_field_index(name), schema.field(name).with_type(kind))
+    options = dataset.ParquetReadOptions(dictionary_columns=texts)
     try:
         return dataset.dataset(
-            [str(path) for path in streams.files(run, table)], schema=table.schema.remove_metadata(), format="parquet"
+            streams.files(run, table),
+            schema=schema,
+            format=dataset.ParquetFileFormat(read_options=options),
+            filesystem=_file_system(run),
         )
     except (OSError, pa.ArrowException, ValueError) as error:
         raise _unreadable(run, table, error) from None
+
+
+def _file_system(run: Path) -> Any:
+    """The files of a run directory as a file system of Arrow's, which has nothing else and writes nothing."""
+    from pyarrow import fs
+
+    def info(_: object, names: Sequence[str]) -> list[Any]:
+        return [fs.FileInfo(name, fs.FileType.File) for name in names]
+
+    def refuse(*_: object) -> None:
+        raise OSError("a run directory is read, file by file, and nothing else")
+
+    members: dict[str, Callable[..., Any]] = dict.fromkeys(fs.FileSystemHandler.__abstractmethods__, refuse)
+    members |= {
+        "get_type_name": lambda _: "ksmdist",
+        "normalize_path": lambda _, name: name,
+        "get_file_info": info,
+        "open_input_file": lambda _, name: intake.open_arrow(run, name),
+        "open_input_stream": lambda _, name: intake.open_arrow(run, name),
+    }
+    return fs.PyFileSystem(type("_Files", (fs.FileSystemHandler,), members)())
 
 
 def _rows(result: Any) -> Iterator[tuple[Any, ...]]:

@@ -149,7 +149,18 @@ def look(
     if not opened:
         raise SettingsError("no image is left", sources[0].uri, "name the image files themselves")
     images_of_run = _last_passes(_named(opened), left_out)
-    return sorted(images_of_run, key=lambda image: (image.info.scan_order, image.image_id)), left_out
+    return _salted(sorted(images_of_run, key=lambda image: (image.info.scan_order, image.image_id))), left_out
+
+
+def _salted(images_of_run: Sequence[Opened]) -> list[Opened]:
+    """The images with numbers for their salts, in scan order, and no salts: what is written from now on has none."""
+    numbers = {"": 0}
+    salted = []
+    for image in images_of_run:
+        salt = numbers.setdefault(image.info.salt, len(numbers))
+        earlier = tuple(replace(one, info=replace(one.info, salt="")) for one in image.earlier)
+        salted.append(replace(image, info=replace(image.info, salt=""), salt=salt, earlier=earlier))
+    return salted
 
 
 def _once(
@@ -209,6 +220,7 @@ def _said(source: Source, info: ImageInfo) -> ImageInfo:
         image_id=source.image_id or info.image_id,
         host=source.host or info.host,
         tenant=source.tenant or info.tenant,
+        salt=source.salt or info.salt,
         kind=source.kind or info.kind,
         regions=tuple(map(sys.intern, info.regions)),  # in a fleet the same few names come again and again
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ksmdist.classes import Classified
+from ksmdist.collisions import Confirmed
 from ksmdist.images import Hole, ImageInfo
 from ksmdist.passes import Compared
 from ksmdist.settings import Settings
@@ -35,6 +36,7 @@ class Opened:
 
     reached False: the node is not in the cluster, so that nothing is known but the name.
     number: of its pass; earlier: its passes before this one, in their order.
+    salt: number of the group of images with its salt, from 1; 0: it has none. The salt itself is not in info any more.
     """
 
     image_id: str
@@ -44,6 +46,7 @@ class Opened:
     reached: bool = True
     number: int = 1
     earlier: tuple[Opened, ...] = ()
+    salt: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """As plan.json keeps it."""
@@ -59,9 +62,8 @@ class Opened:
             info[name] = tuple(map(tuple, info[name]))
         holes = tuple(Hole(**hole) for hole in fields["holes"])
         earlier = tuple(map(cls.from_json, fields["earlier"]))
-        return cls(
-            fields["image_id"], fields["node"], ImageInfo(**info), holes, fields["reached"], fields["number"], earlier
-        )
+        more = (fields["reached"], fields["number"], earlier, fields["salt"])
+        return cls(fields["image_id"], fields["node"], ImageInfo(**info), holes, *more)
 
 
 @dataclass(slots=True)
@@ -103,11 +105,15 @@ class Scanned:
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """What one task of the map tells the driver: its images by number, and holes. pages: in its shards."""
+    """What one task of the map tells the driver: its images by number, and holes. pages: in its shards.
+
+    confirmed: what came of comparing the pages of these shards with each other, with --verify bytes
+    """
 
     images: Mapping[int, Scanned]
     holes: Sequence[tuple[int, Hole]]
     pages: int
+    confirmed: Confirmed = field(default_factory=Confirmed)
 
     def as_json(self) -> dict[str, Any]:
         """As the task's mark keeps it."""
@@ -122,7 +128,11 @@ class Mapped:
                 "framed": scanned.framed.tolist(),
                 "compared": asdict(scanned.compared),
             }
-        return {"images": images, "holes": [[image, asdict(hole)] for image, hole in self.holes], "pages": self.pages}
+        return {
+            "images": images,
+            "holes": [[image, asdict(hole)] for image, hole in self.holes],
+            "pages": self.pages,
+        } | {"confirmed": self.confirmed.as_json()}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any], infos: Mapping[int, ImageInfo], settings: Settings) -> Mapped:
@@ -135,7 +145,12 @@ class Mapped:
                 scanned.regions[region, reason] = count
             scanned.framed[:], scanned.compared = found["framed"], Compared(**found["compared"])
             images[int(name)] = scanned
-        return cls(images, [(image, Hole(**hole)) for image, hole in fields["holes"]], fields["pages"])
+        return cls(
+            images,
+            [(image, Hole(**hole)) for image, hole in fields["holes"]],
+            fields["pages"],
+            Confirmed.from_json(fields["confirmed"]),
+        )
 
 
 def filtered_images(opened: Sequence[Opened]) -> list[dict[str, Any]]:
@@ -197,6 +212,7 @@ def images_table(images: Sequence[Opened], holes: pa.Table, found: Sequence[Scan
         "filter_level": [info.filter_level for info in infos],
         "host": [info.host for info in infos],
         "tenant": [info.tenant for info in infos],
+        "salt": [image.salt for image in images],
         "total": by_class.sum(axis=1),
         "bytes": by_class.sum(axis=1) * np.array([info.page_size for info in infos], np.int64),
         "absent": [info.pages_absent for info in infos],

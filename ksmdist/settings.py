@@ -7,13 +7,16 @@ from typing import Literal
 
 from ksmdist.errors import SettingsError
 
-__all__ = ["KERNELS", "LEAST_TASK_MEMORY", "PAGE_SIZES", "Eligible", "Kernel", "Settings"]
+__all__ = ["KERNELS", "LEAST_TASK_MEMORY", "PAGE_SIZES", "VERIFY", "Eligible", "Kernel", "Settings", "Verify"]
 
 Eligible = Literal["flagged", "all"]
 Kernel = Literal["6.1", "6.6", "6.12", "6.18"]
+Verify = Literal["none", "hash", "bytes"]
 
 KERNELS: tuple[Kernel, ...] = ("6.1", "6.6", "6.12", "6.18")
 """Kernels whose rules are known, oldest first: docs/ksm.md has the differences."""
+
+VERIFY: tuple[Verify, ...] = ("none", "hash", "bytes")
 
 PAGE_SIZES = tuple(1 << shift for shift in range(12, 19))
 """Page sizes Linux is built with: 4 KiB to 256 KiB, in bytes (arch/*/Kconfig, PAGE_SIZE_*)."""
@@ -47,6 +50,8 @@ class Settings:
                           that would take more is split
     contents:             most rows of table contents, 0 or more
     checksums:            keep each page's checksum, so that a later run can say what changed
+    verify:               how equal digests are confirmed to be equal pages: `none`; `hash`: by another hash, of a page
+                          of each shard that holds the content; `bytes`: as the kernel does, by the pages themselves
     fan_in:               most files of scan results that a merge reads; where there are more, they are
                           combined first. 2 or more
 
@@ -71,6 +76,7 @@ class Settings:
     fan_in: int = 1024
     contents: int = 500
     checksums: bool = False
+    verify: Verify = "hash"
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -109,6 +115,8 @@ class Settings:
             )
         if not 0 <= self.contents <= 1 << 20:
             raise SettingsError(f"{self.contents} is no number of contents", "contents", "use 0 to 1048576")
+        if self.verify not in VERIFY:
+            raise SettingsError(f"{self.verify!r} is unknown", "verify", f"use {', '.join(VERIFY)}")
         if self.fan_in < 2:
             raise SettingsError(f"{self.fan_in} is no number of files to combine", "fan_in", "use 2 or more")
 

@@ -146,6 +146,11 @@ class Sharing:
         """int64[images]: a number for the tenant of each."""
         return np.unique(np.array(self.images.column("tenant").to_pylist(), object), return_inverse=True)[1]
 
+    @cached_property
+    def salts(self) -> np.ndarray:
+        """int64[images]: the number of the group of images with the salt of each."""
+        return self.of_images("salt")
+
     @property
     def one_node(self) -> bool:
         """Whether all pages are on one NUMA node, and merge_across_nodes changes nothing."""

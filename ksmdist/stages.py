@@ -18,12 +18,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ksmdist import checkpoint, checksums, classes, contents, digests, fleet, images, passes, store, tree
+from ksmdist import (
+    checkpoint,
+    checksums,
+    classes,
+    collisions,
+    confirm,
+    contents,
+    digests,
+    fleet,
+    images,
+    passes,
+    store,
+    tree,
+)
 from ksmdist.checkpoint import Written
 from ksmdist.checksums import Stretch
+from ksmdist.collisions import Confirmed
 from ksmdist.columns import codes, present, values
 from ksmdist.contents import Seen
+from ksmdist.digests import Digester
 from ksmdist.errors import ImageError, RunDirectoryError
+from ksmdist.exposure import Exposed
 from ksmdist.fleet import Source
 from ksmdist.huge import HugeFrames
 from ksmdist.images import Hole, ImageInfo, stores
@@ -31,9 +47,10 @@ from ksmdist.images.uris import is_uri
 from ksmdist.pairs import Pairs
 from ksmdist.passes import Compared
 from ksmdist.plan import Combination, Piece, Task
+from ksmdist.reads import named_by_node, reopened
 from ksmdist.scanned import Mapped, Opened, Scanned, add_hole
 from ksmdist.settings import Settings
-from ksmdist.tables import HUGE_FRAME, IMAGE_SET, SHARING, STABLE_TREE, WHATS
+from ksmdist.tables import HUGE_FRAME, IMAGE_SET, RARE_CONTENT, SHARING, STABLE_TREE, TENANT_SET, WHATS
 from ksmdist.totals import Merged
 from ksmdist.tree import Owners
 
@@ -84,7 +101,7 @@ def _waiting(look: Callable[[Source], Found], source: Source) -> Callable[[objec
 
 
 def _look(settings: Settings, source: Source) -> Found:
-    with _named_by_node(source.node):
+    with named_by_node(source.node):
         expanded = fleet.expand(source)
         found = []
         for one in expanded.sources:
@@ -94,20 +111,6 @@ def _look(settings: Settings, source: Source) -> Found:
             finally:
                 image.close()
         return Found(tuple(found), expanded.left_out)
-
-
-class _named_by_node:  # noqa: N801  # reads as a statement
-    """Errors about an image name the node that has it."""
-
-    def __init__(self, node: str) -> None:
-        self._node = node
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._node and isinstance(error, ImageError):
-            raise type(error)(error.what, f"node://{self._node}{error.where}", error.hint) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,69 +135,88 @@ class Result:
     again: bool = False
 
 
-Reader = Callable[[Sequence[str], Settings, Scan], tuple[Mapped, pa.Table, list[pa.Table]]]
+Reader = Callable[[Sequence[str], Settings, Digester, Scan], tuple[Mapped, pa.Table, list[pa.Table]]]
 """Makes what the driver is told, the `shard_content` and the `checksums` of a task's shards: read_shards()."""
 
 
-def scan(directory: Path, region_names: Sequence[str], settings: Settings, read: Reader, scan: Scan) -> Result:
+def scan(
+    directory: Path, region_names: Sequence[str], settings: Settings, digester: Digester, read: Reader, scan: Scan
+) -> Result:
     """Read, hash, classify and combine the pages of some shards, and write what they hold: the map."""
     number = scan.task.number
-    mark = _mark(directory, settings, scan)
+    mark = _mark(directory, settings, digester, scan)
     if mark is not None:
         infos = {n: image.info for n, image in scan.images.items()}
         return Result(Mapped.from_json(mark[1], infos, settings), mark[0], True)
     assert settings.ranges is not None
-    with _named_by_node(scan.task.node):
-        mapped, content, sums = read(region_names, settings, scan)
+    with named_by_node(scan.task.node):
+        mapped, content, sums = read(region_names, settings, digester, scan)
     if settings.checksums:
         compared = {image: found.compared for image, found in mapped.images.items()}
         checksums.write(_checksums_file(directory, scan), sums, compared)
     parts = tree.split(content, settings.ranges)
-    return Result(mapped, checkpoint.write_content(parts, directory, 0, number, mapped.as_json()))
+    return Result(mapped, checkpoint.write_content(parts, directory, 0, number, _summary(mapped, digester)))
 
 
-def is_scanned(directory: Path, settings: Settings, scan: Scan) -> bool:
-    """Whether the task is done, and its result whole or part of a combination."""
-    return _mark(directory, settings, scan) is not None
+def _summary(mapped: Mapped, digester: Digester) -> dict[str, Any]:
+    return mapped.as_json() | {"collided": len(digester.collided)}
+
+
+def is_scanned(directory: Path, settings: Settings, digester: Digester, scan: Scan) -> bool:
+    """Whether the task is done with these digests, and its result whole or part of a combination."""
+    return _mark(directory, settings, digester, scan) is not None
 
 
 def _checksums_file(directory: Path, scan: Scan) -> Path:
     return directory / "checksums" / f"{scan.task.number:05d}.parquet"
 
 
-def _mark(directory: Path, settings: Settings, scan: Scan) -> tuple[Written, Any] | None:
+def _mark(directory: Path, settings: Settings, digester: Digester, scan: Scan) -> tuple[Written, Any] | None:
     if settings.checksums and checksums.read_summary(_checksums_file(directory, scan)) is None:
         return None
     superseded = any(checkpoint.content_file(directory, *result).exists() for result in scan.ancestors)
-    return checkpoint.read_mark(directory, 0, scan.task.number, superseded)
+    mark = checkpoint.read_mark(directory, 0, scan.task.number, superseded)
+    # Known digests of several contents only become more: as many are the same ones.
+    return mark if mark is not None and mark[1]["collided"] == len(digester.collided) else None
 
 
-def read_shards(region_names: Sequence[str], settings: Settings, scan: Scan) -> tuple[Mapped, pa.Table, list[pa.Table]]:
+def read_shards(
+    region_names: Sequence[str], settings: Settings, digester: Digester, scan: Scan
+) -> tuple[Mapped, pa.Table, list[pa.Table]]:
     """The pages of a task's shards -> what the driver is told, their `shard_content`, combined, and their checksums."""
     found: dict[int, Scanned] = {}
     holes: list[tuple[int, Hole]] = []
     content: list[pa.Table] = []
     sums: list[pa.Table] = []
+    zero_digest = digester.of_word(0, settings.page_size)
     for shard in scan.task.shards:
         info = scan.images[shard.image].info
         scanned = found.setdefault(shard.image, Scanned.nothing(info, settings))
         regions = np.array([bisect.bisect_left(region_names, name) if name else -1 for name in info.regions], np.int32)
-        image = _reopened(info)
+        image = reopened(info)
         for item in image.batches(shard.start, shard.end):
             if isinstance(item, Hole):
                 add_hole(holes, shard.image, item, info.page_size)
                 continue
-            page = digests.digest_pages(item, info.page_size)
+            page = digests.digest_pages(item, info.page_size, digester)
             volatile = None
             if settings.checksums:
                 volatile, of_batch, compared = _compared(item, shard.image, info.page_size, scan.earlier)
                 scanned.compared.add(compared)
                 sums.append(of_batch)
-            classified = classes.classify(page, shard.image, settings, regions, volatile)
+            classified = classes.classify(page, shard.image, settings, regions, zero_digest, volatile)
             scanned.add(classified)
             content.append(classified.content)
         images.check_unchanged(info)
-    return Mapped(found, holes, scan.task.pages), classes.combine(content, settings.page_size), sums
+    confirmed = Confirmed()
+    if settings.verify == "hash":  # combining forgets which pages of one digest a word fills
+        confirmed = Confirmed(collided=collisions.mixed(content))
+    elif settings.verify == "bytes":
+        assert settings.task_memory is not None
+        infos = {number: image.info for number, image in scan.images.items()}
+        confirmed = confirm.within(content, infos, settings.page_size, settings.task_memory // 8)
+    mapped = Mapped(found, holes, scan.task.pages, confirmed)
+    return mapped, classes.combine(content, settings.page_size), sums
 
 
 def _compared(
@@ -232,11 +254,11 @@ def checksum(directory: Path, level: int, scan: Scan) -> dict[int, Compared]:
         return done
     found: dict[int, Compared] = {}
     sums: list[pa.Table] = []
-    with _named_by_node(scan.task.node):
+    with named_by_node(scan.task.node):
         for shard in scan.task.shards:
             info = scan.images[shard.image].info
             of_image = found.setdefault(shard.image, Compared())
-            image = _reopened(info)
+            image = reopened(info)
             for item in image.batches(shard.start, shard.end):
                 if isinstance(item, Hole):
                     of_image.lost += item.pages
@@ -247,12 +269,6 @@ def checksum(directory: Path, level: int, scan: Scan) -> dict[int, Compared]:
             images.check_unchanged(info)
     checksums.write(path, sums, found)
     return found
-
-
-@functools.lru_cache(maxsize=4)
-def _reopened(info: ImageInfo) -> images.Image:
-    """The image, opened once in each worker; raises ImageError if it is not the file that was planned."""
-    return images.reopen(info)
 
 
 def combine(directory: Path, settings: Settings, combination: Combination) -> Result:
@@ -300,6 +316,7 @@ class Reduced:
     changing: the same with pages that changed between passes counted as if they had not; None where there are none.
     rows:     of `shard_content` that went in
     sets:     where its `image_set` is in its file; frames: where its `huge_frame` rows are, a batch a group of images
+    exposed:  int64[5], where its `tenant_set` is, first byte and end, and its `rare_content`, and the rows of that
     """
 
     merged: Merged
@@ -307,6 +324,7 @@ class Reduced:
     rows: int
     sets: Written
     frames: Written
+    exposed: np.ndarray
 
 
 def merge(
@@ -327,7 +345,7 @@ def merge(
     for table in checkpoint.read_range(directory, results, task.start, task.end):
         tables.append(table if piece.bits == 0 else checkpoint.compact(tree.narrow(table, settings.ranges, piece)))
     rows = sum(map(len, tables))
-    merged = tree.merge(tables, owners, settings.page_size, settings.contents)
+    merged = tree.merge(tables, owners, settings.page_size, settings.contents, exposed_under=settings)
     store.write_table(merged.stable, STABLE_TREE, directory, piece.number)
     sets = checkpoint.write_related(
         checkpoint.related_file(directory, IMAGE_SET.name, piece.number), IMAGE_SET.schema, [merged.sets]
@@ -338,12 +356,24 @@ def merge(
     frames = checkpoint.write_related(
         checkpoint.related_file(directory, HUGE_FRAME.name, piece.number), HUGE_FRAME.schema, parts
     )
+    exposed = _write_exposed(directory, owners, piece, merged.exposed)
     told = Merged.of(merged)
     if not any(bool(values(chunk).any()) for table in tables for chunk in table.column("volatile").chunks):
-        return Reduced(told, None, rows, sets, frames)
+        return Reduced(told, None, rows, sets, frames, exposed)
     del merged
     changing = tree.merge(tables, owners, settings.page_size, 0, with_volatile=True)
-    return Reduced(told, Merged.of(changing), rows, sets, frames)
+    return Reduced(told, Merged.of(changing), rows, sets, frames, exposed)
+
+
+def _write_exposed(directory: Path, owners: Owners, piece: Piece, exposed: Exposed) -> np.ndarray:
+    """Reduced.exposed; where there is but one tenant there is no file, and it is zeros."""
+    found = np.zeros(5, np.int64)
+    if len(set(owners.tenants)) > 1:
+        for at, (table, rows) in enumerate(((TENANT_SET, exposed.sets), (RARE_CONTENT, exposed.rare))):
+            path = checkpoint.related_file(directory, table.name, piece.number)
+            found[2 * at : 2 * at + 2] = checkpoint.write_related(path, table.schema, [rows]).offsets
+        found[4] = len(exposed.rare)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +424,7 @@ class Inspect:
     digest: np.ndarray
 
 
-def inspect(task: Inspect) -> dict[int, Seen]:
+def inspect(digester: Digester, task: Inspect) -> dict[int, Seen]:
     """Read the first page of some contents again: what each is, by row; those whose page is there no more are left out.
 
     No byte of a page leaves it.
@@ -405,7 +435,7 @@ def inspect(task: Inspect) -> dict[int, Seen]:
         mine = np.flatnonzero(task.image == number)
         info = task.infos[number]
         try:
-            image = _reopened(info)
+            image = reopened(info)
             found = image.find(task.address[mine])
             order = np.argsort(found)
             order = order[found[order] >= 0]
@@ -419,7 +449,7 @@ def inspect(task: Inspect) -> dict[int, Seen]:
     there = [one for one in there if one[2] is not None]
     if there:
         rows = np.frombuffer(b"".join(data or b"" for _, _, data in there), np.uint8).reshape(len(there), -1)
-        same = (digests.hash_rows(rows) == task.digest[[place for place, _, _ in there]]).all(axis=1)
+        same = (digester.digest(rows) == task.digest[[place for place, _, _ in there]]).all(axis=1)
         for (place, region, _), as_read, what in zip(there, same.tolist(), contents.look(rows), strict=True):
             if as_read:
                 seen[int(task.rows[place])] = Seen(*what, region)

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ksmdist import intake
 from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.schema import Table
 from ksmdist.settings import Settings
@@ -28,8 +30,10 @@ from ksmdist.tables import CLASSES, KINDS, STABLE_TREE
 __all__ = [
     "RUN_VERSION",
     "check_schema",
+    "checked_file",
     "join_tables",
     "output_file",
+    "read_file",
     "read_manifest",
     "read_table",
     "stream_at",
@@ -39,8 +43,33 @@ __all__ = [
     "write_text",
 ]
 
-RUN_VERSION = 5
+RUN_VERSION = 6
 """Version of run.json and of the directory's layout."""
+
+_WHOLE_ROWS = 1 << 20
+_MOST_GROUP_ROWS = 1 << 20  # pyarrow's own most, of which write_table() leaves it
+_MOST_TABLE_BYTES = 4 << 30  # in memory, of a table that is read whole: a million images take 1 GiB of each
+_MOST_TEXTS_BYTES = 1 << 30  # of a column in a batch, written out
+_COUNTED = frozenset(
+    [
+        "pages",
+        "contents",
+        "images",
+        "tenants",
+        "nodes",
+        "frames",
+        "huge pages",
+        "rmap items",
+        "node number",
+        "stable nodes",
+        "scans",
+        "passes",
+        "index",
+    ]
+)
+"""Units of what is never below zero."""
+_BELOW_ZERO = ("frames_saved",)  # merging may take more frames than it frees, where fork shares them already
+_MOST_INDEX = 1 << 27
 
 
 @contextmanager
@@ -177,6 +206,7 @@ _SUMMARY = {
     "settings": _SETTINGS,
     "zero_colors": list,
     "still": object,
+    "verified": {"verify": str} | dict.fromkeys(("contents", "pages", "unread", "collided"), int),
     "filtered": [{"image_id": str, "filter_level": str, "excluded": int}],
     "engine": str,
     "engine_why": str,
@@ -193,6 +223,7 @@ _MANIFEST = {
         | {"reached": bool, "fingerprint": str, "base": [str]}
     ],
     "caveats": [str],
+    "key": object,
 }
 """What run.json has at the least: a type; keys and what each has; or a list and what each item has."""
 
@@ -221,7 +252,7 @@ def _misfit(value: Any, shape: Any, name: str) -> str | None:
 def read_manifest(run: Path) -> dict[str, Any]:
     """Read run.json; raises RunDirectoryError where there is none, one of another version, or a damaged one."""
     try:
-        manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        manifest = intake.read_json(run, "run.json")
         version = manifest["run_version"]
     except (OSError, ValueError, KeyError, TypeError):
         raise RunDirectoryError("is no run directory", str(run), "give a directory that `ksmdist run` wrote") from None
@@ -267,17 +298,83 @@ def check_schema(found: pa.Schema, definition: Table, run: Path, name: str) -> N
 def read_table(run: Path, definition: Table) -> pa.Table:
     """Read a table of a run back, the stable tree's files in order.
 
+    Raises RunDirectoryError where it is not there, cannot be read, is not what its definition says, or would take
+    more than 4 GiB.
+    """
+    names = intake.names(run, definition.file) if definition is STABLE_TREE else [definition.file]
+    nbytes, parts = 0, [definition.schema.empty_table()]
+    for name in names:
+        for batch in read_file(run, name, definition, _WHOLE_ROWS):
+            nbytes += batch.nbytes
+            if nbytes > _MOST_TABLE_BYTES:
+                raise _unreadable(run, definition, "it is larger than any that ksmdist reads whole")
+            parts.append(pa.Table.from_batches([batch]))
+    if not names:
+        raise _unreadable(run, definition, f"{definition.file} is not there")
+    return pa.concat_tables(parts)
+
+
+def read_file(
+    run: Path, name: str, definition: Table, rows: int, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """A file of a table of a run, in batches of at most `rows` rows, each checked; columns: these alone.
+
+    name: relative to the run directory, whose files are opened as intake.py says. Whoever wrote it: a batch takes no
+    more memory than its rows, of which a row group of ours has 1,048,576 at most, and texts of 1 GiB.
     Raises RunDirectoryError where it is not there, cannot be read, or is not what its definition says.
     """
-    files = sorted(run.glob(definition.file)) if definition is STABLE_TREE else [run / definition.file]
+    texts = [field.name for field in definition.schema if pa.types.is_string(field.type)]
+    wanted = [definition.schema.field(column) for column in columns or definition.schema.names]
     try:
-        parts = [pq.read_table(file, partitioning=None) for file in files]
-        for file, part in zip(files, parts, strict=True):
-            check_schema(part.schema, definition, run, file.name)
-        return pa.concat_tables(parts)
+        with intake.open_arrow(run, name) as source:
+            checked_file(source, definition, run, name)
+            # As they are in the file, so that one long text of a million rows is in memory once.
+            file = pq.ParquetFile(source, read_dictionary=texts)
+            for batch in file.iter_batches(rows, columns=[field.name for field in wanted], use_threads=False):
+                found = []
+                for field in wanted:
+                    column = batch.column(field.name)
+                    if field.name in texts:
+                        if intake.text_nbytes(column) > _MOST_TEXTS_BYTES:
+                            raise ValueError(f"the texts of its column {field.name} are larger than any that were")
+                        column = column.cast(field.type)
+                    found.append(column)
+                checked = pa.RecordBatch.from_arrays(found, schema=pa.schema(wanted, definition.schema.metadata))
+                _check_rows(checked)
+                yield checked
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise RunDirectoryError(
-            f"has no readable table {definition.name}: {str(error).splitlines()[0]}",
-            str(run),
-            "give a directory that `ksmdist run` wrote",
-        ) from None
+        raise _unreadable(run, definition, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+
+def checked_file(source: pa.NativeFile, definition: Table, run: Path, name: str) -> pq.ParquetFile:
+    """An open file of a table of a run, whose footer is what it should be; name: of the file.
+
+    Raises RunDirectoryError as check_schema(); ArrowException, OSError and ValueError where it is damaged, or has row
+    groups that no memory should be given for.
+    """
+    file = pq.ParquetFile(source)
+    check_schema(file.schema_arrow, definition, run, Path(name).name)
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        if not 0 <= group.num_rows <= _MOST_GROUP_ROWS or group.total_byte_size > _MOST_TABLE_BYTES:
+            raise ValueError("it has a row group larger than any that ksmdist writes")
+    return file
+
+
+def _check_rows(batch: pa.RecordBatch) -> None:
+    """Raises ValueError where Arrow's own rules, nulls, or numbers that cannot be are against it."""
+    batch.validate(full=True)
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        if column.null_count and not field.nullable:
+            raise ValueError(f"its column {field.name} has nulls")
+        unit = (field.metadata or {}).get(b"unit", b"").decode()
+        if unit in _COUNTED and field.name not in _BELOW_ZERO and pa.types.is_signed_integer(field.type):
+            least, most = pc.min_max(column).as_py().values()
+            if least is not None and (least < 0 or (unit == "index" and most >= _MOST_INDEX)):
+                raise ValueError(f"its column {field.name} has {least if least < 0 else most}, which cannot be")
+
+
+def _unreadable(run: Path, definition: Table, why: str) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"has no readable table {definition.name}: {why}", str(run), "give a directory that `ksmdist run` wrote"
+    )

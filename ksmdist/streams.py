@@ -12,9 +12,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ksmdist import intake
 from ksmdist.errors import RunDirectoryError
 from ksmdist.schema import Table
-from ksmdist.store import check_schema, whole_file
+from ksmdist.store import read_file, whole_file
 
 __all__ = ["files", "new_directory", "read_batches", "table_writer"]
 
@@ -22,14 +23,10 @@ _BATCH_ROWS = 1 << 16
 _GROUP_ROWS = 1 << 17  # of a file written: its bytes do not depend on how the rows came
 
 
-def files(run: Path, definition: Table) -> list[Path]:
-    """The files of a table that are in a run directory, in order: several where its name has a `*`."""
-    if not definition.file:
-        return []
-    if "*" in definition.file:
-        folder, pattern = (run / definition.file).parent, Path(definition.file).name
-        return sorted(folder.glob(pattern)) if folder.is_dir() else []
-    return [path for path in (run / definition.file,) if path.is_file()]
+def files(run: Path, definition: Table) -> list[str]:
+    """The files of a table that are in a run directory, by their names in it, in order: several where its name has
+    a `*`. Raises RunDirectoryError where the folder they are in is a link."""
+    return intake.names(run, definition.file) if definition.file else []
 
 
 def read_batches(
@@ -39,24 +36,15 @@ def read_batches(
 
     Raises RunDirectoryError where the table is not there, cannot be read, or is not what its definition says.
     """
-    names = list(columns or definition.schema.names)
     found = files(run, definition)
     if not found:
-        raise _unreadable(run, definition, f"{definition.file} is not there")
-    for path in found:
-        try:
-            with pq.ParquetFile(path, memory_map=False) as file:
-                check_schema(file.schema_arrow, definition, run, path.name)
-                for batch in file.iter_batches(rows, columns=names, use_threads=False):
-                    yield batch if batch.schema.names == names else batch.select(names)
-        except (OSError, pa.ArrowException, ValueError) as error:
-            raise _unreadable(run, definition, str(error).splitlines()[0]) from None
-
-
-def _unreadable(run: Path, definition: Table, why: str) -> RunDirectoryError:
-    return RunDirectoryError(
-        f"has no readable table {definition.name}: {why}", str(run), "give a directory that `ksmdist run` wrote"
-    )
+        raise RunDirectoryError(
+            f"has no readable table {definition.name}: {definition.file} is not there",
+            str(run),
+            "give a directory that `ksmdist run` wrote",
+        )
+    for name in found:
+        yield from read_file(run, name, definition, rows, columns)
 
 
 @contextmanager

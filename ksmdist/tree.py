@@ -6,7 +6,7 @@ merge() is a function of the set of rows: in any order, in any grouping, the res
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,17 +14,19 @@ import pyarrow as pa
 
 from ksmdist.classes import combine, digest_words, huge_page_bytes, last_address
 from ksmdist.columns import arrow, joined, present, strings, values
+from ksmdist.exposure import Exposed, Held, find_exposed
 from ksmdist.groups import count_rows, group_any, group_min, group_starts, group_sum
 from ksmdist.huge import count_frames
 from ksmdist.mappings import Patterns, find_patterns, shared_frames
 from ksmdist.pairs import find_sets
 from ksmdist.plan import Piece
+from ksmdist.settings import Settings
 from ksmdist.tables import HUGE_FRAME, IMAGE_SET, KINDS, SCOPES, STABLE_TREE
 
 __all__ = ["ALL_NODES", "Owners", "RangeTree", "Top", "add_rows", "merge", "narrow", "split"]
 
 _ZERO, _SAME_FILLED, _OTHER = range(len(KINDS))
-_IMAGE, _TENANT, _ALL = range(len(SCOPES))
+_IMAGE, _TENANT, _SALT, _ALL = range(len(SCOPES))
 _MANY = 255  # copies
 
 ALL_NODES = -1
@@ -34,11 +36,12 @@ ALL_NODES = -1
 @dataclass(frozen=True, slots=True)
 class Owners:
     """Of each image by number, in scan order: its name, the host it was on (equal frame numbers are one frame on one
-    host only), its tenant."""
+    host only), its tenant, the number of its salt's group (none: there are no salts)."""
 
     image_ids: Sequence[str]
     hosts: Sequence[str]
     tenants: Sequence[str]
+    salts: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class RangeTree:
     sets:           `image_set`
     frames:         `huge_frame`
     top:            the contents with most copies
+    exposed:        which contents tenants share: empty where it was not asked for, or there is but one tenant
     one_node:       the node that all of its pages are on: image_spectrum then has no rows for it, which would be
                     those over all nodes again; None where there are several
     pages:          eligible pages that went in
@@ -99,6 +103,7 @@ class RangeTree:
     sets: pa.Table
     frames: pa.Table
     top: Top
+    exposed: Exposed
     one_node: int | None
     pages: int
 
@@ -132,12 +137,17 @@ def narrow(content: pa.Table, ranges: int, piece: Piece) -> pa.Table:
 
 
 def merge(
-    tables: Sequence[pa.Table], owners: Owners, page_size: int, top: int, with_volatile: bool = False
+    tables: Sequence[pa.Table],
+    owners: Owners,
+    page_size: int,
+    top: int,
+    with_volatile: bool = False,
+    exposed_under: Settings | None = None,
 ) -> RangeTree:
     """`shard_content` tables of one range -> that range of the stable tree, and what it counts.
 
     Only eligible pages enter the tree; those that changed between passes do with_volatile only.
-    top: most rows of RangeTree.top.
+    top: most rows of RangeTree.top; exposed_under: settings that RangeTree.exposed is for, None for none.
     """
     content = combine(tables, page_size)
     digest, image, node, may, huge, thp, volatile, pages, address, last, region = (
@@ -206,6 +216,7 @@ def merge(
         schema=STABLE_TREE.schema,
     )
     tenant = _numbers(owners.tenants)
+    salt = np.array(owners.salts or np.zeros(len(tenant)), np.int64)
     chosen = several[_most(copies[several], top)]
     first = starts[chosen]
     tenants = np.ones(len(chosen), np.int32)
@@ -230,7 +241,11 @@ def merge(
     block = address // np.uint64(huge_page_bytes(page_size))
     counted = count_frames(image, block, pages, mergeable[content_of], zeros[content_of], thp)
     of_pair, of_image = content_of[pairs], image[pairs]
-    scopes = _scopes(rows, (of_pair, of_image, here), copies, tenant, kind, ordered)
+    scopes = _scopes(rows, (of_pair, of_image, here), copies, {_TENANT: tenant, _SALT: salt}, kind, ordered)
+    exposed = Exposed.nothing()
+    if exposed_under is not None:
+        eligible = Held(content_of, image, node, pages, address, kind, digest[starts])
+        exposed = find_exposed(eligible, tenant, salt, exposed_under)
     here[kind[of_pair] == _ZERO] = 0
     facts = (copies[of_pair] >= 2, copies[of_pair] == 1, here >= 2, images[of_pair] >= 2)
     nonzero = here > 0
@@ -245,6 +260,7 @@ def merge(
         find_sets(of_pair[nonzero], of_image[nonzero], here[nonzero]),
         counted,
         most,
+        exposed,
         int(node[0]) if (node == node[0]).all() else None,
         int(pages.sum()),
     )
@@ -258,7 +274,8 @@ def _nothing() -> RangeTree:
     words, counts, numbers = (np.zeros(0, kind) for kind in (np.uint64, np.int64, np.int32))
     filled, kind = np.zeros(0, bool), np.zeros(0, np.int8)
     top = Top(np.zeros((0, 16), np.uint8), kind, words, filled, counts, numbers, numbers, numbers, numbers, words)
-    return RangeTree(stable, none[0], none[1], {}, none[2], none[3], none[4], sets, frames, top, None, 0)
+    held = none[2], none[3], none[4], sets, frames, top, Exposed.nothing()
+    return RangeTree(stable, none[0], none[1], {}, *held, None, 0)
 
 
 def _numbers(names: Sequence[str]) -> np.ndarray:
@@ -337,15 +354,16 @@ def _scopes(
     rows: _Rows,
     by_image: tuple[np.ndarray, np.ndarray, np.ndarray],
     copies: np.ndarray,
-    tenant: np.ndarray,
+    owner: Mapping[int, np.ndarray],
     kind: np.ndarray,
     ordered: np.ndarray,
 ) -> np.ndarray:
     """RangeTree.scopes, over all nodes and for each, without `ordered` contents.
 
-    by_image: content, image and pages of each content and image; copies, kind, ordered: by content; tenant: by image.
+    by_image: content, image and pages of each content and image; copies, kind, ordered: by content; owner: by scope,
+    the number of each image's tenant, or salt.
     """
-    tables = _scopes_of(ALL_NODES, by_image, np.arange(len(copies)), copies, tenant, kind, ordered)
+    tables = _scopes_of(ALL_NODES, by_image, np.arange(len(copies)), copies, owner, kind, ordered)
     if (rows.node == rows.node[0]).all():
         tables += [_with_node(table, int(rows.node[0])) for table in tables]
         return np.concatenate(tables)
@@ -354,7 +372,7 @@ def _scopes(
         content, image, pages = rows.content[at], rows.image[at], rows.pages[at]
         pairs, whole = group_starts(content, image), group_starts(content)
         of_node = content[pairs], image[pairs], group_sum(pages, pairs)
-        tables += _scopes_of(node, of_node, content[whole], group_sum(pages, whole), tenant, kind, ordered)
+        tables += _scopes_of(node, of_node, content[whole], group_sum(pages, whole), owner, kind, ordered)
     return np.concatenate(tables)
 
 
@@ -363,7 +381,7 @@ def _scopes_of(
     by_image: tuple[np.ndarray, np.ndarray, np.ndarray],
     content: np.ndarray,
     copies: np.ndarray,
-    tenant: np.ndarray,
+    owner: Mapping[int, np.ndarray],
     kind: np.ndarray,
     ordered: np.ndarray,
 ) -> list[np.ndarray]:
@@ -380,14 +398,18 @@ def _scopes_of(
         return tables
 
     images, whole = counted(_IMAGE, of_pair, here), counted(_ALL, content, copies)
-    if not tenant.any() or len(np.unique(tenant)) == len(tenant):  # one tenant; or one for each image
-        tenants = [table.copy() for table in (images if tenant.any() else whole)]
-        for table in tenants:
-            table[:, 1] = _TENANT
-    else:
-        (which, _), sums = count_rows([of_pair, tenant[image]], here)
-        tenants = counted(_TENANT, which, sums)
-    return [*images, *tenants, *whole]
+    tables = [*images, *whole]
+    for scope, of in owner.items():
+        several = len(np.unique(of))
+        if several in (1, len(of)):  # one tenant; or one for each image
+            same = [table.copy() for table in (whole if several == 1 else images)]
+            for table in same:
+                table[:, 1] = scope
+            tables += same
+        else:
+            (which, _), sums = count_rows([of_pair, of[image]], here)
+            tables += counted(scope, which, sums)
+    return tables
 
 
 def _frames(copies: np.ndarray, starts: np.ndarray, shared: np.ndarray) -> np.ndarray:

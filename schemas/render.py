@@ -1,10 +1,11 @@
-"""Write schemas/*.json and docs/tables/*.md from ksmdist.tables; tests/test_tables.py checks that they are equal."""
+"""Write schemas/*.json, docs/tables/*.md and the end of docs/publish.md from ksmdist.tables; tests check that."""
 
 import json
 from pathlib import Path
 
 from ksmdist.schema import render, render_index, render_markdown
 from ksmdist.tables import TABLES
+from ksmdist.tables.published import render_decisions
 
 schemas = Path(__file__).parent
 pages = schemas.parent / "docs" / "tables"
@@ -15,3 +16,6 @@ for table in TABLES.values():
     (schemas / f"{table.name}.v{table.version}.json").write_text(json.dumps(render(table), indent=1) + "\n")
     (pages / f"{table.name}.md").write_text(render_markdown(table))
 (pages / "README.md").write_text(render_index(TABLES.values()))
+publish = schemas.parent / "docs" / "publish.md"
+kept, marker, _ = publish.read_text().partition("edit it there. -->\n\n")
+publish.write_text(kept + marker + render_decisions())

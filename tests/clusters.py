@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,17 @@ RAY = [str(Path(sys.executable).with_name("ray"))]
 
 
 @contextlib.contextmanager
-def raylets(names: Sequence[str], cpus: int = 1) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """A head that computes nothing, and a raylet of each of these names: address, cluster, nodes by name."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+def raylets(
+    names: Sequence[str], cpus: int = 1, head: Mapping[str, Any] | None = None, **options: Any
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """A head that computes nothing, and a raylet of each of these names: address, cluster, nodes by name.
+
+    head, options: of Ray's, for the head, and for the raylets.
+    """
+    arguments = {"num_cpus": 0, "include_dashboard": False, **(head or {})}
+    cluster = Cluster(initialize_head=True, head_node_args=arguments)
     try:
-        nodes = {name: add(cluster, name, cpus) for name in names}
+        nodes = {name: add(cluster, name, cpus, **options) for name in names}
         cluster.wait_for_nodes()
         yield cluster.address, cluster, nodes
     finally:
@@ -35,9 +41,9 @@ def raylets(names: Sequence[str], cpus: int = 1) -> Iterator[tuple[str, Any, dic
         cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
-def add(cluster: Any, name: str, cpus: int = 1) -> Any:
+def add(cluster: Any, name: str, cpus: int = 1, **options: Any) -> Any:
     """One raylet more."""
-    return cluster.add_node(num_cpus=cpus, labels={HOST_LABEL: name}, wait=True)
+    return cluster.add_node(num_cpus=cpus, labels={HOST_LABEL: name}, wait=True, **options)
 
 
 def kill(node: Any) -> None:

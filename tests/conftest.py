@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import xxhash
 from typer.testing import CliRunner
 
+from ksmdist import keys
 from ksmdist.cli import app
 from ksmdist.images.proc import Machine
 from ksmdist.sysfs import Ksm
@@ -25,6 +27,10 @@ from .targets import Start, Target
 # Clusters made in a test's own process have no tokens, and a driver must know before Ray is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+# The key of all tests, so that none reads or makes the user's.
+os.environ["KSMDIST_KEY"] = "5a" * keys.KEY_BYTES
+DIGESTER = keys.load().digester
+
 PAGE = 4096
 ZERO = bytes(PAGE)
 
@@ -32,6 +38,11 @@ ZERO = bytes(PAGE)
 def page(word: int) -> bytes:
     """A page that no fill word makes, told apart by `word`."""
     return struct.pack("<QQ", word, word + 1) * (PAGE // 16)
+
+
+def digest(content: bytes) -> bytes:
+    """A page's digest under the key of the tests."""
+    return xxhash.xxh3_128_digest(content, seed=DIGESTER.seed)
 
 
 def elf_core(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ksmdist import stages
+from ksmdist.digests import Digester
 from ksmdist.settings import Settings
 
 from .conftest import PAGE, ZERO, page
@@ -35,9 +36,9 @@ def images(folder: Path, count: int = 2) -> list[Path]:
 def reader(before: Callable[[stages.Scan], None]) -> stages.Reader:
     """stages.read_shards, with something before it; pickled by value, for workers."""
 
-    def read(names: Sequence[str], settings: Settings, scan: stages.Scan) -> Any:
+    def read(names: Sequence[str], settings: Settings, digester: Digester, scan: stages.Scan) -> Any:
         before(scan)
-        return stages_read(names, settings, scan)
+        return stages_read(names, settings, digester, scan)
 
     stages_read = stages.read_shards
     return read

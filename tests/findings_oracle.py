@@ -14,6 +14,8 @@ import xxhash
 from ksmdist.settings import Settings
 from ksmdist.tables import KINDS, POLICIES
 
+from .conftest import digest
+
 Rows = list[dict[str, Any]]
 
 
@@ -61,11 +63,11 @@ def held(images: Sequence[Image], included: bool = False) -> dict[bytes, list[Pl
 
 def contents(places: Mapping[bytes, list[Place]], images: Sequence[Image]) -> Rows:
     """All that have two copies or more; `what`, `meaning` and `region` are not here."""
-    ranked = sorted(places.items(), key=lambda item: (-len(item[1]), xxhash.xxh3_128_digest(item[0])))
+    ranked = sorted(places.items(), key=lambda item: (-len(item[1]), digest(item[0])))
     return [
         {
             "rank": rank,
-            "digest": xxhash.xxh3_128_digest(content),
+            "digest": digest(content),
             "kind": kind_of(content),
             "fill_word": None if kind_of(content) == "other" else int.from_bytes(content[:8], "little"),
             "copies": len(where),
@@ -103,6 +105,7 @@ def groups(
     of: Mapping[str, Callable[[int], object]] = {
         "image": lambda number: number,
         "tenant": lambda number: images[number].tenant,
+        "salt": lambda _: 0,  # none has one
         "all": lambda _: 0,
     }
     return Counter(
@@ -124,7 +127,7 @@ def policy(places: Mapping[bytes, list[Place]], images: Sequence[Image], setting
     rows = []
     for level, name in enumerate(POLICIES):
         kinds = {"never": (), "zero": KINDS[:1], "same_filled": KINDS[:2]}.get(name, KINDS)
-        scope = name if name in ("image", "tenant") else "all"
+        scope = name if name in ("image", "tenant", "salt") else "all"
         row: dict[str, Any] = {"level": level, "policy": name, "merged_pages": 0, "frames_kept": 0}
         saved = dict.fromkeys(KINDS, 0)
         for (content, _, _), copies in groups(places, images, scope, not settings.merge_across_nodes).items():
@@ -136,13 +139,14 @@ def policy(places: Mapping[bytes, list[Place]], images: Sequence[Image], setting
         nbytes = total * settings.page_size
         row |= {"saved_pages": total} | {f"saved_{kind}": pages for kind, pages in saved.items()}
         rows.append(row | {"saved_bytes": nbytes, "saved_gib": nbytes / 2**30})
-    return rows
+    costs = [rows[-1]["saved_bytes"] - row["saved_bytes"] for row in rows]
+    return [row | {"cost_bytes": cost, "cost_gib": cost / 2**30} for row, cost in zip(rows, costs, strict=True)]
 
 
 def policy_spectrum(places: Mapping[bytes, list[Place]], images: Sequence[Image]) -> Rows:
     """In no order: a node is null or a number."""
     found: Counter[tuple[int | None, str, str, int]] = Counter()
-    for scope in ("image", "tenant", "all"):
+    for scope in ("image", "tenant", "salt", "all"):
         for by_node in (False, True):
             for (content, _, node), copies in groups(places, images, scope, by_node).items():
                 if any(content):

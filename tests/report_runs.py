@@ -15,7 +15,9 @@ import pyarrow as pa
 
 import ksmdist
 from ksmdist import store, streams
+from ksmdist.report.exposure import summarize_exposure
 from ksmdist.report.html import PAGE_TABLES, PageInput, render_html
+from ksmdist.report.page_data import TOP_ROWS
 from ksmdist.settings import Settings
 from ksmdist.tables import ACCOUNTINGS, POLICIES, TABLES, WHATS
 
@@ -81,6 +83,7 @@ def made_up(images: int, partners: int = 40, names: Sequence[str] = (), several_
         "same_filled": {"zero": saved["zero"], "same_filled": saved["same_filled"]},
         "image": within,
         "tenant": {kind: (within[kind] + saved[kind]) // 2 for kind in saved},
+        "salt": saved,
         "all": saved,
     }
     policy = []
@@ -98,6 +101,8 @@ def made_up(images: int, partners: int = 40, names: Sequence[str] = (), several_
                 "saved_pages": pages,
             }
             | {"saved_bytes": pages * size, "saved_gib": pages * size / (1 << 30)}
+            | {"cost_bytes": (sum(saved.values()) - pages) * size}
+            | {"cost_gib": (sum(saved.values()) - pages) * size / (1 << 30)}
         )
     shared, sharing = sum(kept.values()), sum(saved.values())
     unshared = total - shared - sharing
@@ -268,7 +273,21 @@ def made_up(images: int, partners: int = 40, names: Sequence[str] = (), several_
         "spectrum_buckets": buckets,
         "whatif": _grid(counters, kinds["zero"], size),
     }
-    return PageInput(manifest, {key: table(key, value) for key, value in rows.items()}, pairs(images, partners))
+    tables = {key: table(key, value) for key, value in rows.items()}
+    exposed = summarize_exposure(manifest, exposure(sorted(set(tenants))), TOP_ROWS)
+    return PageInput(manifest, tables, pairs(images, partners), exposed)
+
+
+def exposure(tenants: list[str]) -> Iterator[pa.RecordBatch]:
+    """Table exposure in batches of 5 rows: each two tenants share zero pages and others."""
+    rows = []
+    for at, tenant in enumerate(tenants):
+        for more, other in enumerate(tenants[at + 1 :], 1):
+            for kind in ("zero", "other"):
+                row: Row = {"tenant": tenant, "other": other, "kind": kind, "contents": 90, "pages": 900}
+                row |= {"other_pages": 700, "rare_contents": 10 * more, "rare_looked_at": 8, "rare_high": 5}
+                rows.append(row | {"rare_low": 3, "rare_pages": 20, "rare_other_pages": 30})
+    yield from table("exposure", rows).to_batches(5)
 
 
 def _grid(counters: Row, zero: int, size: int) -> list[Row]:
@@ -346,6 +365,7 @@ def of_run(run: Path) -> PageInput:
         store.read_manifest(run),
         {name: store.read_table(run, TABLES[name]) for name in PAGE_TABLES},
         streams.read_batches(run, TABLES["sharing"]),
+        summarize_exposure(store.read_manifest(run), streams.read_batches(run, TABLES["exposure"]), TOP_ROWS),
     )
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import ksmdist
 from ksmdist import Settings, contents, plan, stages
+from ksmdist.digests import Digester
 from ksmdist.errors import EngineError
 from ksmdist.huge import HugeFrames, count_frames
 from ksmdist.pairs import Pairs, find_sets
@@ -257,7 +258,7 @@ def test_groups_of_images_change_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_contents_of_a_node_that_has_left_are_not_known(make_raw: MakeImage, tmp_path: Path) -> None:
-    def gone(task: stages.Inspect) -> dict[int, contents.Seen]:
+    def gone(digester: Digester, task: stages.Inspect) -> dict[int, contents.Seen]:
         raise EngineError("has left the cluster", "node host7", "start it again")
 
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +21,7 @@ from ksmdist.errors import IdentityError, RunDirectoryError, SettingsError
 from ksmdist.report import printable
 from ksmdist.tables import DIFF_CONTENTS, DIFF_IMAGES, SPECTRUM, STABLE_TREE
 
-from .conftest import PAGE, ZERO, MakeImage, invoke, page
+from .conftest import PAGE, ZERO, MakeImage, digest, invoke, page
 
 FILLED = b"\xcc" * PAGE
 CONTENTS = [ZERO, FILLED, page(1), page(2), page(3), page(4)]
@@ -44,7 +43,7 @@ def tree(images: Images) -> dict[bytes, tuple[int, int, str, int]]:
         for at, number in enumerate(pages):
             places.setdefault(number, []).append((name, at * PAGE))
     return {
-        xxhash.xxh3_128_digest(CONTENTS[number]): (len(where), len({name for name, _ in where}), *min(where))
+        digest(CONTENTS[number]): (len(where), len({name for name, _ in where}), *min(where))
         for number, where in places.items()
         if len(where) > 1
     }

@@ -31,6 +31,8 @@ COMMANDS = (
     "report",
     "diff",
     "query",
+    "publish",
+    "doctor",
 )
 
 

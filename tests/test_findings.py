@@ -168,7 +168,7 @@ def check_identities(run: ksmdist.Run, forks: bool = False) -> None:
         assert row["contents"] * row["copies"] <= row["pages"] < row["contents"] * row["copies"] * 2
         assert (row["contents_bytes"], row["pages_bytes"]) == (row["contents"] * size, row["pages"] * size)
     by_policy = [row for row in rows_of(run, POLICY_SPECTRUM) if row["numa_node"] is None]
-    for scope in ("image", "tenant", "all"):
+    for scope in ("image", "tenant", "salt", "all"):
         mine = [row for row in by_policy if row["scope"] == scope]
         pages = sum(row["copies"] * row["contents"] for row in mine)
         assert pages == candidates - zeros if not forks else pages <= candidates - zeros

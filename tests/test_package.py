@@ -13,7 +13,7 @@ import pytest
 
 import ksmdist
 from ksmdist import errors
-from ksmdist.digests import fill_digest
+from ksmdist.digests import Digester
 from ksmdist.shards import Shard, default_ranges, default_shard_pages, pack_shards, plan_shards
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def test_shards_are_a_function_of_the_input() -> None:
 
 def test_the_digest_is_xxh3_128_as_published() -> None:
     # XXH3 128 bit, seed 0, of 4096 zero bytes, as `xxhsum -H2` prints it
-    assert fill_digest(0, 4096).hex() == "3ee8dc4f9e7ee49593d76fe148c689ba"
+    assert Digester().of_word(0, 4096).hex() == "3ee8dc4f9e7ee49593d76fe148c689ba"
 
 
 def test_constraints_hold_names_versions_and_hashes_alone() -> None:

@@ -16,7 +16,7 @@ import ksmdist
 from ksmdist import report, store
 from ksmdist.report.prometheus import expose
 from ksmdist.report.summary import _passes, top_pairs
-from ksmdist.tables import CONTENTS, COUNTERS, HUGE, IMAGES, PASSES, POLICY, SHARING, SPECTRUM_BUCKETS
+from ksmdist.tables import CONTENTS, COUNTERS, EXPOSURE, HUGE, IMAGES, PASSES, POLICY, SHARING, SPECTRUM_BUCKETS
 
 from .conftest import PAGE, ZERO, MakeImage, Row, arrow_image, elf_core, eligible, page, printed
 
@@ -127,24 +127,29 @@ def test_the_screen_holds_whatever_the_run(run: Path) -> None:
     pair = found["top_pairs"][0] | {"image_id": long, "other_id": long, "contents": 10**12, "pages": 10**13}
     content = found["top_contents"][0] | {"first_image": long, "region": long, "copies": 10**12, "kind": "other"}
     content |= {"fill_word": None, "what": "text", "meaning": long}
+    kinds = [dict.fromkeys(EXPOSURE.schema.names, 10**12) | {"kind": "other"}]
+    exposed = {"tenant": long, "other": long, "kinds": kinds}
     bucket = {"kind": "other", "contents": 10**11, "pages": 10**13, "pages_bytes": 10**16, "contents_bytes": 10**15}
     found |= {
         "complete": False,
         "top_pairs": [pair] * 10,
         "top_contents": [content] * 10,
         "spectrum_buckets": [bucket | {"copies": 1 << number} for number in range(40)],
-        "policy": [row | {"saved_gib": 123456789.123} for row in found["policy"]],
+        "policy": [row | {"saved_gib": 123456789.123, "cost_gib": 123456789.123} for row in found["policy"]],
         "caveats": [long] * 1000,
         "holes": {"pages": 10**12, "ranges": 10**9, "images": [long] * 1000},
         "pages": found["pages"] | {"zero_mapped_fault": 10**12},
         "merges": found["merges"] | {"thp_zero": 10**12},
+        "exposure": found["exposure"]
+        | {"tenants": 10**6, "pairs": 10**12, "salts": 10**6, "top": [exposed] * 10}
+        | {"rare": dict.fromkeys(found["exposure"]["rare"], 10**12) | {"contents": 10**13}},
         "passes": dict.fromkeys(("pages", "changed", "appeared", "gone", "passes", "saved_bytes_lost"), 10**12),
         "identities": [*found["identities"], {"name": "x", "left": 1, "right": 2, "holds": False}],
     }
     out = StringIO()
     report.render_summary(found, out)
     lines = out.getvalue().splitlines()
-    assert len(lines) <= 45
+    assert len(lines) <= 58
     assert max(map(len, lines)) <= 100
     assert all(char.isprintable() or char == "\n" for char in out.getvalue())
     assert lines[1].endswith("INCOMPLETE: see below.")

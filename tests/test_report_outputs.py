@@ -265,8 +265,8 @@ def _rewritten(table: pa.Table, of: str) -> pa.Table:
 
 
 WAYS = {
-    "no metadata": "is no table of ksmdist, not {name}, version 1",
-    "another version": "is table {name}, version 9, not {name}, version 1",
+    "no metadata": "is no table of ksmdist, not {name}, version {version}",
+    "another version": "is table {name}, version 9, not {name}, version {version}",
     "a column less": "has columns ",
     "a column more": "has columns .*, more",
     "another order": "has columns ",
@@ -280,13 +280,13 @@ def test_a_table_of_another_schema_is_refused(run: Path, tmp_path: Path, definit
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / definition.file
     pq.write_table(_rewritten(pq.read_table(path), of), path)
-    said = rf"{definition.name}\.parquet {WAYS[of].format(name=definition.name)}"
+    said = rf"{definition.name}\.parquet {WAYS[of].format(name=definition.name, version=definition.version)}"
     for options in ((), ("--html", tmp_path / "x")):
         with pytest.raises(RunDirectoryError, match=f"tables that are not what they should be: {said}"):
             printed("report", tmp_path / "run", *options)
     if definition is SHARING:
         pq.write_table(pq.read_table(run / POLICY.file), path)
-        with pytest.raises(RunDirectoryError, match=r"sharing\.parquet is table policy, version 1, not sharing"):
+        with pytest.raises(RunDirectoryError, match=r"sharing\.parquet is table policy, version 2, not sharing"):
             printed("report", tmp_path / "run")
 
 

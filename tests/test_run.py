@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import ray
-import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +24,7 @@ from ksmdist.store import read_table
 from ksmdist.tables import MAPPINGS, SPECTRUM, STABLE_TREE
 
 from . import kdump_files
-from .conftest import KEPT, PAGE, ZERO, MakeImage, manifest, oracle, page, table_files
+from .conftest import KEPT, PAGE, ZERO, MakeImage, digest, manifest, oracle, page, table_files
 from .layouts import layout_images
 
 POOL: list[bytes | None] = [None, ZERO, b"\xff" * PAGE, b"\x6b" * PAGE, *(page(n) for n in range(6))]
@@ -66,8 +65,7 @@ def _check(run: ksmdist.Run, truth: dict[str, Any]) -> None:
     assert summary["kinds"]["same_filled"] == truth["same_filled"]
     stable = read_table(run.path, STABLE_TREE)
     expected = {
-        xxhash.xxh3_128_digest(content): (copies, images, *first)
-        for content, (copies, images, first) in truth["stable"].items()
+        digest(content): (copies, images, *first) for content, (copies, images, first) in truth["stable"].items()
     }
     columns = [stable.column(n).to_pylist() for n in ("digest", "copies", "images", "first_image", "first_address")]
     found = {digest: tuple(rest) for digest, *rest in zip(*columns, strict=True)}
@@ -156,7 +154,7 @@ def test_every_file_conforms_to_its_schema(make_raw: MakeImage, tmp_path: Path) 
             if order and not any(rows.column(name).null_count for name in table.sort):  # where nulls go is not said
                 assert rows.equals(rows.sort_by(order)), file
             seen += 1
-    assert seen == 4 + len(KEPT) == 4 + 18
+    assert seen == 4 + len(KEPT) == 4 + 19
     written = {str(file.relative_to(run.path)) for file in run.path.rglob("*.parquet")}
     assert {name for name in written if "/" not in name} == {table.file for table in KEPT}
 

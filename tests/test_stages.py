@@ -8,16 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ksmdist import classes, digests, tree
-from ksmdist.digests import fill_digest
 from ksmdist.settings import Eligible, Settings
 from ksmdist.tables import CLASSES, KINDS, MEMORY_IMAGE, PAGE_FLAGS
 
-from .conftest import PAGE, page
+from .conftest import DIGESTER, PAGE, digest, page
 
 CONTENTS = (bytes(PAGE), b"\x6b" * PAGE, bytes(PAGE - 1) + b"\1", page(1), page(2))
 NAMES = ("a", "b")
@@ -78,7 +76,11 @@ def test_stages_equal_a_dict(eligible: Eligible, images: list[list[Row]], cut: i
     for image, rows in enumerate(images):
         for first, some in ((0, rows[:cut]), (cut, rows[cut:])):
             found = classes.classify(
-                digests.digest_pages(batch(some, first), PAGE), image, Settings(eligible=eligible), NO_REGIONS
+                digests.digest_pages(batch(some, first), PAGE, DIGESTER),
+                image,
+                Settings(eligible=eligible),
+                NO_REGIONS,
+                DIGESTER.of_word(0, PAGE),
             )
             by_class.update(dict(zip(CLASSES, found.classes.tolist(), strict=True)))
             parts.append(tree.split(classes.combine([found.content], PAGE), ranges))
@@ -102,7 +104,7 @@ def test_stages_equal_a_dict(eligible: Eligible, images: list[list[Row]], cut: i
         for row in part.stable.to_pylist()
     }
     assert stable == {
-        fill_digest(0, PAGE) if content == 0 else xxhash.xxh3_128_digest(CONTENTS[content]): (
+        digest(CONTENTS[content]): (
             len(where),
             len({name for name, _, _ in where}),
             len({node for _, _, node in where}),

@@ -133,4 +133,5 @@ def test_a_fleet_of_a_manifest(tmp_path: Path, stored: tuple[list[str], dict[str
     assert done.returncode == 0, said
     found = table_files(tmp_path / "run")
     of_tenants = {"images.parquet", "contents.parquet", "policy.parquet", "policy_spectrum.parquet"}
+    of_tenants |= {"exposure.parquet"}
     assert {name for name in expected if found[name] != expected[name]} == of_tenants

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from ksmdist import report
-from ksmdist.cli import files, live, predictions, reports, scanning
+from ksmdist.cli import files, live, predictions, publishing, reports, safety, scanning
 from ksmdist.errors import KsmdistError
 from ksmdist.version import __version__
 
@@ -24,7 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,  # it would take [heap] and [default: ...] for markup
     help=(
         "What Linux KSM would merge in memory images, and what that would save.\n\n"
-        "Exit codes: 0 done; 1 failed; 2 wrong arguments; 3 done, but some pages could not be read; "
+        "Exit codes: 0 done; 1 failed; 2 wrong arguments; 3 done, but some pages could not be read, or doctor could "
+        "not find something out; "
         "10 not a memory image, or a broken one; 11 the run directory is in use; 130 interrupted."
     ),
 )
@@ -53,6 +54,8 @@ for _name, _command in (
     ("report", reports.report_command),
     ("diff", reports.diff_command),
     ("query", reports.query_command),
+    ("publish", publishing.publish_command),
+    ("doctor", safety.doctor_command),
 ):
     app.command(_name)(_command)
 

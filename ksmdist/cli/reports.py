@@ -61,6 +61,7 @@ def report_command(
         manifest,
         {name: store.read_table(run, tables.TABLES[name]) for name in SUMMARY_TABLES},
         streams.read_batches(run, tables.SHARING),
+        streams.read_batches(run, tables.EXPOSURE),
     )
     if prometheus:
         _put(expose(found, store.read_table(run, tables.IMAGES)), out)
@@ -72,12 +73,15 @@ def report_command(
 
 def _write_page(run: Path, manifest: Mapping[str, Any], path: Path) -> None:
     """Write the page of a run; the file is there when it is whole."""
+    from ksmdist.report.exposure import summarize_exposure
     from ksmdist.report.html import PAGE_TABLES, PageInput, render_html
+    from ksmdist.report.page_data import TOP_ROWS
 
     page = PageInput(
         manifest,
         {name: store.read_table(run, tables.TABLES[name]) for name in PAGE_TABLES},
         streams.read_batches(run, tables.SHARING),
+        summarize_exposure(manifest, streams.read_batches(run, tables.EXPOSURE), TOP_ROWS),
     )
     with _written(path, "--html") as sink:
         text = io.TextIOWrapper(sink, encoding="utf-8", newline="\n", write_through=True)
@@ -128,6 +132,13 @@ def diff_command(
             raise SettingsError(
                 f"is {values[0]} in {run_a} and {values[1]} in {run_b}", name, "compare runs that have the same"
             )
+    if a["key"] != b["key"]:
+        names = [f"key {manifest['key']}" if manifest["key"] else "no key" for manifest in (a, b)]
+        raise RunDirectoryError(
+            f"has digests under {names[1]}, and {run_a} under {names[0]}: they cannot be compared",
+            str(run_b),
+            "run the images of one again, with the key of the other",
+        )
     tree_a, tree_b = (streams.read_batches(run, tables.STABLE_TREE, diff.TREE_COLUMNS) for run in runs)
     images = diff.diff_images(*(store.read_table(run, tables.IMAGES) for run in runs))
     found = diff.Difference()

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ksmdist import options, pipeline, report, runs
+from ksmdist import keys, options, pipeline, report, runs
 from ksmdist.checkpoint import is_complete, unfinished
 from ksmdist.errors import EXIT_HOLES, EXIT_INTERRUPTED, RunDirectoryError, SettingsError
 from ksmdist.settings import Settings
@@ -65,13 +65,19 @@ def run_command(
     checksums: Annotated[
         bool, typer.Option("--checksums", help="Keep each page's checksum, 5 bytes a page, for a later --previous.")
     ] = False,
+    verify: Annotated[
+        str,
+        typer.Option("--verify", help="How equal digests are confirmed to be equal pages: none, hash or bytes."),
+    ] = "hash",
+    key_file: options.KeyFile = None,
+    no_key: options.NoKey = False,
     contents: Annotated[int, typer.Option("--contents", metavar="N", help="Most rows of table contents.")] = 500,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Scan memory images, merge what they share, and count it as KSM would."""
     if resume is not None:
-        more = {"resume", "engine", "address", "task_memory", "as_json", "quiet"}
+        more = {"resume", "engine", "address", "task_memory", "key_file", "no_key", "as_json", "quiet"}
         given = [name for name in context.params if name not in more and _is_given(context, name)]
         if given:
             raise SettingsError(
@@ -80,7 +86,8 @@ def run_command(
                 f"leave out {', '.join(given)}",
             )
         memory = None if task_memory is None else task_memory << 20
-        _show(resume, lambda bar: pipeline.resume(resume, engine, address, bar, memory), as_json, quiet)
+        key = keys.load(key_file, no_key)
+        _show(resume, lambda bar: pipeline.resume(resume, engine, address, bar, memory, key), as_json, quiet)
         return
     if out is None:
         raise typer.BadParameter("Missing option '--out' / '-o': the run directory to write.")
@@ -95,6 +102,7 @@ def run_command(
         fan_in=fan_in,
         contents=contents,
         checksums=checksums,
+        verify=verify,  # type: ignore[arg-type]  # Settings checks it
     )
     settings = options.with_knobs(
         settings,
@@ -107,10 +115,11 @@ def run_command(
         pages_to_scan=pages_to_scan,
         sleep_millisecs=sleep_millisecs,
     )
+    key = keys.load(key_file, no_key)
     _show(
         out,
         lambda bar: pipeline.run(
-            sources or [], out, settings, engine, address, bar, manifest, strict, previous, base or ()
+            sources or [], out, settings, engine, address, bar, manifest, strict, previous, base or (), key
         ),
         as_json,
         quiet,

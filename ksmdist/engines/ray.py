@@ -9,12 +9,17 @@ import ctypes
 import functools
 import logging
 import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import OwnerDiedError, RayError, RayTaskError
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+from ray.exceptions import AuthenticationError, OwnerDiedError, RayError, RayTaskError
 from ray.util.metrics import Counter, Histogram
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -22,7 +27,7 @@ from ksmdist.engines.base import Machines, Result, Stage, Task
 from ksmdist.errors import EngineError, KsmdistError
 from ksmdist.version import __version__
 
-__all__ = ["HOST_LABEL", "RayEngine"]
+__all__ = ["HOST_LABEL", "Answer", "RayEngine", "knock", "knocked"]
 
 HOST_LABEL = "ksmdist-host"
 """Ray node label with the name that `node://NAME/path` and a manifest's `host` mean; without it, the host's name."""
@@ -31,6 +36,8 @@ _TASKS_A_SLOT = 4  # in flight: enough that no worker waits for the driver, few 
 _RETRIES = 10  # of a task whose worker or node died
 _NODE_PATIENCE_S = 30.0  # for a node that has images to come back
 _WORKERS_PATIENCE_S = 900.0  # for an autoscaler to start the first node that computes
+_KNOCK_S = 5.0
+_HEAD = "node:__internal_head__"  # a resource that Ray gives the head alone
 _LOOK_S = 2.0  # between looks at a cluster that may have grown
 _OBJECT_STORE_BYTES = 128 << 20  # of a Ray started here: what tasks find goes through files
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
@@ -62,6 +69,10 @@ def _work(stage: Stage[Any, Any], task: Any) -> Any:
     return result
 
 
+# One for all stages: Ray keeps every remote function, in the driver, its workers and the GCS, until the driver leaves.
+_WORK: Any = ray.remote(_work)
+
+
 @functools.cache
 def _seconds() -> Histogram:
     return Histogram(
@@ -74,10 +85,28 @@ def _counter(name: str) -> Counter:
     return Counter(f"ksmdist_{name}", f"Number of {name} that tasks have dealt with.", ("stage",))
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a node said when it was asked something. result: None where it said nothing, and why.
+
+    name: as node:// has it; asked, answered: seconds since the epoch, by the driver's clock
+    """
+
+    name: str
+    address: str
+    head: bool
+    result: Any
+    why: str
+    asked: float
+    answered: float
+
+
 class RayEngine:
     """Tasks on Ray: a cluster at `address`, or one started here with a process for each CPU.
 
     A task whose worker or node dies is run again: on any node, or where its images are, once that is back.
+    A process that has called ray.init() itself stays in that cluster, and leaves it itself: for run after run in one
+    process, since Ray 2.60 keeps a thread and sockets each time that a driver leaves (benchmarks/soak.py).
     Raises EngineError where Ray cannot be reached or started.
     """
 
@@ -93,6 +122,14 @@ class RayEngine:
             if address
             else {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         )
+        self._leave = not ray.is_initialized()
+        if not self._leave:
+            joined = ray.get_runtime_context().gcs_address
+            if address not in (None, "auto", joined):
+                raise EngineError(
+                    "cannot be joined", address or "", f"leave {joined} first, where this process is, by ray.shutdown()"
+                )
+            return
         try:
             ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
         except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
@@ -128,9 +165,96 @@ class RayEngine:
         except RayError as error:
             raise _lost(error, stage.name) from None
 
+    @property
+    def address(self) -> str:
+        """Where the cluster's GCS is, host:port."""
+        return str(ray.get_runtime_context().gcs_address)
+
+    @property
+    def dashboard(self) -> str:
+        """Where the dashboard is, host:port; "" for none."""
+        joined: Any = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR)
+        return str(joined.address_info["webui_url"] or "")
+
+    def ask(self, question: Callable[[str], Any], patience_s: float = 60.0) -> list[Answer]:
+        """Have every node answer once, whatever CPUs it gives out; in order of their names.
+
+        question: picklable; handed the node's directory of Ray's sessions.
+        """
+        asking = ray.remote(num_cpus=0, max_retries=0)(_answer)
+        asked = time.time()
+        nodes = _alive()
+        where = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        refs = [asking.options(scheduling_strategy=strategy).remote(question) for strategy in where]
+        waiting, answered = list(refs), dict[Any, float]()
+        while waiting and (left := asked + patience_s - time.time()) > 0:
+            ready, waiting = ray.wait(waiting, timeout=left)
+            answered |= dict.fromkeys(ready, time.time())
+        answers = []
+        for node, ref in zip(nodes, refs, strict=True):
+            result, why = None, ""
+            try:
+                result = ray.get(ref, timeout=0)
+            except RayError as error:
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                why = (str(cause) or type(cause).__name__).splitlines()[0]
+                if ref in waiting:
+                    ray.cancel(ref, force=True)
+                    why = f"no answer in {patience_s:.0f} s"
+            name = node.get("Labels", {}).get(HOST_LABEL) or node["NodeManagerHostname"]
+            head = _HEAD in node["Resources"]
+            at = answered.get(ref, time.time())
+            answers.append(Answer(name, node["NodeManagerAddress"], head, result, why, asked, at))
+        return sorted(answers, key=lambda answer: (answer.name, answer.address))
+
     def close(self) -> None:
         """Leave the cluster, or stop the one started here: Ray then ends what still runs of this driver's tasks."""
-        ray.shutdown()
+        if self._leave:
+            ray.shutdown()
+
+
+def _answer(question: Callable[[str], Any]) -> Any:
+    return question(ray.get_runtime_context().get_temp_dir())
+
+
+def knock(address: str) -> tuple[bool | None, str]:
+    """Whether the GCS at host:port refuses a driver that has no token, and what came of it; None: that is not known.
+
+    In a process of its own, since Ray reads its mode once.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _KNOCK_S).close()
+    except (OSError, ValueError) as error:
+        return None, f"{address}: {error}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    code = f"from ksmdist.engines.ray import knocked; print(knocked({address!r}))"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=10 * _KNOCK_S,
+            env=environment | {"RAY_AUTH_MODE": "disabled"},
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"no answer in {10 * _KNOCK_S:.0f} s"
+    said = done.stdout.strip().splitlines()[-1:] or done.stderr.strip().splitlines()[-1:] or ["nothing"]
+    return {"refused": True, "let in": False}.get(said[0]), said[0]
+
+
+def knocked(address: str) -> str:
+    """Ask the GCS at host:port for its nodes, as a driver does first: `let in`, `refused` or what went wrong.
+
+    Not by ray.init(): refused, that tries for 20 s and does not say why.
+    """
+    try:
+        GcsClient(address=address).get_all_node_info(timeout=_KNOCK_S)
+    except AuthenticationError:
+        return "refused"
+    except RayError as error:
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return "let in"
 
 
 def _lost(error: BaseException, stage: str) -> EngineError:
@@ -150,7 +274,6 @@ class _Flight:
     def __init__(self, stage: Stage[Any, Any], tasks: Sequence[Any]) -> None:
         self._stage = stage
         self._tasks = tasks
-        self._work: Any = ray.remote(_work)
         self._options: dict[str, Any] = {"max_retries": _RETRIES, "num_cpus": 1}
         if stage.memory:
             self._options["memory"] = stage.memory
@@ -220,7 +343,7 @@ class _Flight:
         node = self._stage.node(task)
         if node:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self._node_id(node), soft=False)
-        self._running[self._work.options(**options).remote(self._shared, task)] = number
+        self._running[_WORK.options(**options).remote(self._shared, task)] = number
 
     def _node_id(self, name: str) -> str:
         until = time.monotonic() + _NODE_PATIENCE_S

@@ -7,7 +7,7 @@ them as `memory_image` record batches, in order, and what it cannot read as `Hol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -64,6 +64,7 @@ class ImageInfo:
     producer:      what wrote it, as far as the image says: QEMU, makedumpfile, gcore
     filter_level:  what its producer left out or made up, so that counts are not of the whole memory, for
                    people; empty if it left out nothing
+    salt:          images with another share nothing with it under policy salt; not to be shown or kept in a run
     image_id:      empty where the format has no name in it
     caveats:       what its counts do not show, for people
     scan_order:    place in the order in which KSM scans the images; alike: by image id
@@ -95,6 +96,7 @@ class ImageInfo:
     base: tuple[str, ...] = ()
     unpacked: int = 0
     span: int = 0
+    salt: str = field(default="", repr=False)
 
     @classmethod
     def of(cls, file: ImageFile, format: str, kind: str, page_size: int, pages: int, absent: int, **more: Any) -> Self:

@@ -15,8 +15,9 @@ _LOW_MEMORY = 3 << 30  # of a PC guest: what is above lies at 4 GiB and up (hw/i
 def describe(image: Image) -> dict[str, Any]:
     """The object that `ksmdist info --json` prints of an image. Keys are a promise: they are added to, none goes.
 
-    ranges: [start, end) in bytes of the pages it has; holes: what should be there and cannot be read; meaning: what
-    the counts of this image do not show, in sentences. Empty texts: not known.
+    ranges: [start, end) in bytes of the pages it has; holes: what should be there and cannot be read; salted: whether
+    it has a salt, which is not shown; meaning: what the counts of this image do not show, in sentences. Empty texts:
+    not known.
     """
     info = image.info
     return {
@@ -27,6 +28,7 @@ def describe(image: Image) -> dict[str, Any]:
         "kind": info.kind,
         "host": info.host,
         "tenant": info.tenant,
+        "salted": bool(info.salt),
         "page_size": info.page_size,
         "nbytes": info.nbytes,
         "unpacked": info.unpacked,

@@ -110,7 +110,7 @@ def _notes(file: ImageFile, notes: np.ndarray) -> dict[tuple[bytes, int], bytes]
 def _ours(note: bytes) -> dict[str, Any]:
     """What `ksmdist export` said of the image, checked; nothing where it is not what it should be."""
     try:
-        said = parsed(note)
+        said = {"salt": ""} | parsed(note)  # notes of ksmdist before it knew salts have none
         fits = all(isinstance(said[name], type(value)) for name, value in note_fields(_NOTHING).items())
         numbers = [said[name] for name in ("page_size", "pages_absent", "pages_excluded", "span")]
         if fits and said["kind"] in KINDS_OF_IMAGES and min(numbers) >= 0 and max(numbers) < 1 << 60:
@@ -172,7 +172,7 @@ def _read(file: ImageFile, page_size: int) -> Image:
 
 def _said(ours: dict[str, Any], page_size: int) -> dict[str, Any]:
     """Fields of ImageInfo as a core that was exported has them."""
-    names = ("filter_level", "host", "image_id", "producer", "span", "tenant")
+    names = ("filter_level", "host", "image_id", "producer", "salt", "span", "tenant")
     excluded = ours["pages_excluded"] * ours["page_size"] // page_size  # it counts in pages of its own
     absent = max(ours["pages_absent"] * ours["page_size"] // page_size, excluded)
     caveats = tuple(str(caveat) for caveat in ours["caveats"])

@@ -127,6 +127,7 @@ def note_fields(info: ImageInfo) -> dict[str, object]:
         "pages_excluded": info.pages_excluded,
         "producer": info.producer,
         "span": info.span,
+        "salt": info.salt,
         "tenant": info.tenant,
     }
 

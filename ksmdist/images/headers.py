@@ -90,6 +90,7 @@ def image_info(schema: pa.Schema, file: ImageFile, page_size: int, rows: int) ->
         image_id=known["ksmdist.image_id"] or "",
         host=known["ksmdist.host"] or "",
         tenant=known["ksmdist.tenant"] or "",
+        salt=known["ksmdist.salt"] or "",
         caveats=caveats,
         scan_order=numbers["scan_order"],
         producer=producer,

@@ -58,6 +58,7 @@ def write_image(
         "ksmdist.kind": first.kind,
         "ksmdist.host": host or first.host,
         "ksmdist.tenant": tenant or first.tenant,
+        "ksmdist.salt": first.salt,
         "ksmdist.source": json.dumps(origin, sort_keys=True),
         "ksmdist.pages_absent": str(absent),
         "ksmdist.captured_at": captured_at,

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ksmdist.report.exposure import NO_TENANT
 from ksmdist.report.markup import plain
 from ksmdist.settings import Settings
 from ksmdist.tables import KINDS
@@ -60,16 +61,23 @@ class PageInput:
     tables:   those of PAGE_TABLES by name, each with the columns of tables.TABLES, in its order
     sharing:  table `sharing` in batches, in any number and of any size, read once: it grows with the square of the
               images. Only its columns image, other, contents, pages and other_pages are read
+    exposure: what tenants would share, as summarize_exposure() gives it, of TOP_ROWS pairs at the most
     """
 
     manifest: Mapping[str, Any]
     tables: Mapping[str, pa.Table]
     sharing: Iterable[pa.RecordBatch]
+    exposure: Mapping[str, Any]
 
     @property
     def page_size(self) -> int:
         """Bytes of a page."""
         return int(self.manifest["settings"]["page_size"])
+
+    @property
+    def policy(self) -> list[dict[str, Any]]:
+        """Table `policy`, without step `salt` where there is one salt, and it is step `all`."""
+        return [row for row in self.rows("policy") if row["policy"] != "salt" or self.exposure["salts"] > 1]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """A table's rows, for tables that do not grow with the input."""
@@ -91,15 +99,13 @@ def embedded(page: PageInput) -> dict[str, Any]:
     return {
         "contents": _contents(tables["contents"]),
         "cumulative": _cumulative(tables["cumulative"]),
+        "exposure": _exposure(page.exposure),
         "heat": heat,
         "huge": huge_buckets(tables["huge"]),
         "images": _images(images, tables["ksm_stat"], names),
         "page_size": settings.page_size,
         "pairs": pairs,
-        "policy": [
-            {name: row[name] for name in ("policy", "saved_bytes", "saved_pages")}
-            for row in tables["policy"].to_pylist()
-        ],
+        "policy": [{name: row[name] for name in ("policy", "saved_bytes", "saved_pages")} for row in page.policy],
         "spectrum": [
             {name: row[name] for name in ("copies", "kind", "contents", "pages")}
             for row in tables["spectrum_buckets"].to_pylist()
@@ -228,6 +234,36 @@ def _images(images: pa.Table, ksm_stat: pa.Table, names: list[str]) -> Grid:
         (column, data) for column, data in columns if column["name"] in always or any(v != 0 and v != "" for v in data)
     ]
     return _grid(shown, len(images))
+
+
+def _exposure(found: Mapping[str, Any]) -> Grid:
+    """Rows of the pairs of tenants that are most exposed to each other."""
+    labels = {
+        "contents": "contents both hold",
+        "pages": "pages of the tenant",
+        "other_pages": "pages of the other",
+        "near_contents": "near max_page_sharing",
+        "rare_contents": "rare: of these two only",
+        "rare_pages": "rare, pages of the tenant",
+        "rare_other_pages": "rare, pages of the other",
+        "rare_looked_at": "rare, looked at",
+        "rare_low": "low entropy",
+        "rare_middle": "middle",
+        "rare_high": "high",
+        "rare_unknown": "not known",
+        "salt_pages": "with salts, pages of the tenant",
+        "salt_other_pages": "with salts, pages of the other",
+    }
+    if found["salts"] < 2:
+        labels = {name: label for name, label in labels.items() if not name.startswith("salt_")}
+    rows = [(pair, row) for pair in found["top"] for row in pair["kinds"]][:TOP_ROWS]
+    columns: list[tuple[dict[str, str], Sequence[Any]]] = [
+        (_column(name, label, "text"), [plain(pair[name] or NO_TENANT, 48) for pair, _ in rows])
+        for name, label in (("tenant", "tenant"), ("other", "other tenant"))
+    ]
+    columns.append((_column("kind", "kind", "text"), [row["kind"] for _, row in rows]))
+    columns += [(_column(name, label), [row[name] for _, row in rows]) for name, label in labels.items()]
+    return _grid(columns, found["rows"])
 
 
 def _cumulative(cumulative: pa.Table) -> Grid:

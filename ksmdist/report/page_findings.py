@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ksmdist.classes import huge_page_bytes
+from ksmdist.report.exposure import exposure_section
 from ksmdist.report.markup import behind, chart, counted, escape, grid, listed, paragraph, section, table
 from ksmdist.report.page_data import CELLS, PageInput, huge_buckets, split, variety
 from ksmdist.report.terminal import format_bytes, headline, percent, zero_line
 
-__all__ = ["answer", "bucket", "contents", "cumulative", "huge", "images", "policy", "sharing", "spectrum"]
+__all__ = ["answer", "bucket", "contents", "cumulative", "exposure", "huge", "images", "policy", "sharing", "spectrum"]
 
 _KINDS = {"zero": "zero pages", "same_filled": "same-filled pages", "other": "other pages"}
 _SCOPES = {"within": "within one image", "between": "between images"}
@@ -19,6 +20,7 @@ _POLICIES = {
     "same_filled": "same-filled pages only, zero among them",
     "image": "within an image",
     "tenant": "within a tenant",
+    "salt": "among images with one salt",
     "all": "all images",
 }
 
@@ -102,7 +104,7 @@ def answer(page: PageInput) -> str:
 
 def policy(page: PageInput) -> str:
     """The ladder of policies."""
-    rows = page.rows("policy")
+    rows = page.policy
     whole = rows[-1]["saved_bytes"]
     told = {image["tenant"] for image in page.manifest["images"]}
     note = (
@@ -121,6 +123,7 @@ def policy(page: PageInput) -> str:
             row["saved_pages"],
             format_bytes(row["saved_bytes"]),
             percent(row["saved_bytes"], whole),
+            f"{row['cost_gib']:,.3f}",
         )
         for row in rows
     ]
@@ -132,6 +135,12 @@ def policy(page: PageInput) -> str:
         "saved, same-filled",
         "saved, other",
         "saved",
+    )
+    salts = page.exposure["salts"]
+    note += (
+        f" They have {salts:,} salts, those without one among them as a salt of its own; Linux knows none, ESX does."
+        if salts > 1
+        else ""
     )
     saved = {row["policy"]: row["saved_bytes"] for row in rows}
     steps = [
@@ -148,7 +157,9 @@ def policy(page: PageInput) -> str:
         ),
         listed(steps),
         chart("policy", "Bars: bytes saved under each policy. The table below has the numbers."),
-        table("Saved under each policy, in pages", (*headings, "bytes", "of all"), shown, name="policy-table"),
+        table(
+            "Saved under each policy, in pages", (*headings, "bytes", "of all", "costs GiB"), shown, name="policy-table"
+        ),
     )
 
 
@@ -211,8 +222,8 @@ def contents(page: PageInput) -> str:
         "contents",
         "The most merged contents",
         paragraph(
-            "What a content looks like is a guess, for all but zero and fill words. The page shows no bytes of it; the "
-            "digest is enough to recognise a page that one has."
+            "What a content looks like is a guess, for all but zero and fill words. The page shows no bytes of it; who "
+            "has the key can recognise a page by its digest."
         ),
         listed(notes),
         grid("contents", "Contents with most copies", "contents.parquet"),
@@ -245,6 +256,11 @@ def sharing(page: PageInput) -> str:
         ),
         behind("The numbers: cells of the map", grid("cells", "Cells of the map", "sharing.parquet")),
     )
+
+
+def exposure(page: PageInput) -> str:
+    """What tenants are exposed to."""
+    return exposure_section(page.exposure, page.policy)
 
 
 def cumulative(page: PageInput) -> str:

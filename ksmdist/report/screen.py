@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, TextIO
 
+from ksmdist.report.exposure import exposed_lines
 from ksmdist.report.terminal import filtered_lines, format_bytes, knobs, percent, printable
 
 __all__ = ["render_summary", "what_it_is"]
@@ -23,6 +24,7 @@ _POLICIES = {
     "same_filled": "same-filled pages",
     "image": "within an image",
     "tenant": "within a tenant",
+    "salt": "within a salt",
     "all": "everything",
 }
 
@@ -41,8 +43,8 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
         lines += _wrapped(line)
     lines += _savings(found["savings"], found["settings"]["page_size"])
     lines.append("")
-    lines += _side_by_side(_spectrum(found["spectrum_buckets"]), _policy(found["policy"]))
-    for part in (_contents(found["top_contents"]), _pairs(found["top_pairs"])):
+    lines += _side_by_side(_spectrum(found["spectrum_buckets"]), _policy(found))
+    for part in (_contents(found["top_contents"]), _pairs(found["top_pairs"]), _exposure(found)):
         if part:
             lines += ["", *part]
     fault, thp = found["pages"]["zero_mapped_fault"], found["merges"]["thp_zero"]
@@ -122,9 +124,11 @@ def _spectrum(buckets: Sequence[Mapping[str, Any]]) -> list[str]:
     return _ruled(_grid(rows, "rrrr"))
 
 
-def _policy(policy: Sequence[Mapping[str, Any]]) -> list[str]:
+def _policy(found: Mapping[str, Any]) -> list[str]:
     rows = [["merging allowed for", "saves GiB"]]
-    rows += [[_POLICIES[row["policy"]], f"{row['saved_gib']:,.3f}"] for row in policy]
+    salted = found["exposure"]["salts"] > 1  # else it is all the same as everything
+    shown = [row for row in found["policy"] if salted or row["policy"] != "salt"]
+    rows += [[_POLICIES[row["policy"]], f"{row['saved_gib']:,.3f}"] for row in shown]
     return _ruled(_grid(rows, "lr"))
 
 
@@ -161,6 +165,12 @@ def _pairs(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
         names = [printable(row[name], 20) for name in ("image_id", "other_id")]
         rows.append([*names, *(f"{row[name]:,}" for name in ("contents", "pages", "other_pages"))])
     return _grid(rows, "llrrr")
+
+
+def _exposure(found: Mapping[str, Any]) -> list[str]:
+    rows = exposed_lines(found["exposure"], found["policy"], _PAIRS)
+    lines = _grid([row for row in rows if len(row) > 1], "llrrr") if rows and len(rows[0]) > 1 else []
+    return lines + [line for row in rows if len(row) == 1 for line in _wrapped(row[0])]
 
 
 def _huge(huge: Mapping[str, int]) -> list[str]:

@@ -23,7 +23,15 @@ GUIDE: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "Kernel developer",
         (("counters", "counters"), ("zero", "zero pages"), ("volatile", "changed pages"), ("huge", "huge pages")),
     ),
-    ("Security analyst", (("contents", "top contents"), ("sharing", "who shares with whom"), ("policy", "tenants"))),
+    (
+        "Security analyst",
+        (
+            ("contents", "top contents"),
+            ("sharing", "who shares with whom"),
+            ("exposure", "tenants exposed"),
+            ("policy", "what limits cost"),
+        ),
+    ),
     (
         "Everyone",
         (("spectrum", "spectrum"), ("holes", "holes and caveats"), ("checks", "checks"), ("settings", "settings")),
@@ -82,6 +90,7 @@ def render_sections(page: PageInput) -> str:
             page_findings.spectrum,
             page_findings.contents,
             page_findings.sharing,
+            page_findings.exposure,
             page_findings.cumulative,
             page_predictions.whatif,
             page_predictions.zero,

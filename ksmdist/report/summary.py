@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from ksmdist.classes import huge_page_bytes
 from ksmdist.columns import values
+from ksmdist.report.exposure import summarize_exposure
 from ksmdist.report.terminal import headline
 from ksmdist.tables import CONTENTS, COUNTERS, HUGE, PASSES, POLICY, SPECTRUM_BUCKETS
 
@@ -26,12 +27,16 @@ _TOP = 10
 
 
 def summarize(
-    run: str, manifest: Mapping[str, Any], tables: Mapping[str, pa.Table], sharing: Iterable[pa.RecordBatch]
+    run: str,
+    manifest: Mapping[str, Any],
+    tables: Mapping[str, pa.Table],
+    sharing: Iterable[pa.RecordBatch],
+    exposure: Iterable[pa.RecordBatch],
 ) -> dict[str, Any]:
     """The findings of a run, plain JSON values. Keys are a promise: they are added to, none goes.
 
-    run: where it is; manifest: run.json; tables: SUMMARY_TABLES by name; sharing: table `sharing` in batches, read
-    once. Digests are hexadecimal. `top_contents` and `top_pairs` have at most ten rows; sizes are in bytes.
+    run: where it is; manifest: run.json; tables: SUMMARY_TABLES by name; sharing, exposure: these tables in batches,
+    read once. Digests are hexadecimal. `top_contents` and `top_pairs` have at most ten rows; sizes are in bytes.
     """
     summary = manifest["summary"]
     counters = tables[COUNTERS.name].to_pylist()
@@ -54,6 +59,7 @@ def summarize(
             row | {"digest": row["digest"].hex()} for row in tables[CONTENTS.name].slice(0, _TOP).to_pylist()
         ],
         "top_pairs": top_pairs(sharing, _TOP),
+        "exposure": summarize_exposure(manifest, exposure, _TOP),
         "huge": _huge(tables[HUGE.name], summary["settings"]["page_size"]),
         "passes": _passes(tables[PASSES.name], counters),
         "identities": manifest["identities"],

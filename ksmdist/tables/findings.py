@@ -12,6 +12,7 @@ __all__ = [
     "CUMULATIVE",
     "DIFF_CONTENTS",
     "DIFF_IMAGES",
+    "EXPOSURE",
     "HUGE",
     "HUGE_FRAME",
     "IMAGE_SET",
@@ -19,9 +20,11 @@ __all__ = [
     "POLICIES",
     "POLICY",
     "POLICY_SPECTRUM",
+    "RARE_CONTENT",
     "SCOPES",
     "SHARING",
     "SPECTRUM_BUCKETS",
+    "TENANT_SET",
     "WHATS",
 ]
 
@@ -98,16 +101,16 @@ SHARING = Table(
     ),
 )
 
-SCOPES: tuple[str, ...] = ("image", "tenant", "all")
-"""Among whose pages a content is merged."""
+SCOPES: tuple[str, ...] = ("image", "tenant", "salt", "all")
+"""Among whose pages a content is merged: of an image, a tenant, the images with one salt, all."""
 
 POLICY_SPECTRUM = Table(
     name="policy_spectrum",
-    version=1,
+    version=2,
     doc=(
-        "The sharing spectrum where pages merge only within an image, within a tenant, or all: how many contents of "
-        "one image (or tenant) have n copies there. Contents of table mappings (zero, those that fork shares) are not "
-        "in it: their mappings name the image. numa_node as in spectrum."
+        "The sharing spectrum where pages merge only within an image, within a tenant, among the images with one salt, "
+        "or all: how many contents of one image (or tenant, or salt) have n copies there. Contents of table mappings "
+        "(zero, those that fork shares) are not in it: their mappings name the image. numa_node as in spectrum."
     ),
     file="policy_spectrum.parquet",
     sort=("numa_node", "scope", "kind", "copies"),
@@ -115,22 +118,29 @@ POLICY_SPECTRUM = Table(
         NODE_OR_ALL,
         Column("scope", pa.string(), " | ".join(SCOPES)),
         Column("kind", pa.string(), "same_filled | other"),
-        pages("copies", "copies in one image (or tenant, or all)"),
-        Column("contents", pa.int64(), "contents with that many, counted in each image (or tenant)", unit="contents"),
+        pages("copies", "copies in one image (or tenant, or salt, or all)"),
+        Column(
+            "contents",
+            pa.int64(),
+            "contents with that many, counted in each image (or tenant, or salt)",
+            unit="contents",
+        ),
     ),
 )
 
-POLICIES: tuple[str, ...] = ("never", "zero", "same_filled", "image", "tenant", "all")
-"""The ladder of what may be merged, each a superset of the one before from `image` on, as of the first three."""
+POLICIES: tuple[str, ...] = ("never", "zero", "same_filled", "image", "tenant", "salt", "all")
+"""The ladder of what may be merged: of `never`, `zero`, `same_filled`, `all` each is a superset of the one before, and
+`image` is a subset of `tenant` and of `salt`. A tenant's images may have several salts: these two have no order."""
 
 POLICY = Table(
     name="policy",
-    version=1,
+    version=2,
     doc=(
         "What is saved if merging is allowed never, for zero pages only, for pages filled with one word only (zero "
-        "among them), within an image, within a tenant (images without a tenant are one tenant), or all; for this "
-        "run's settings. The last is counters.saved_bytes. With use_zero_pages the zero page is the kernel's own, so "
-        "that mapping it shares nothing between images."
+        "among them), within an image, within a tenant (images without a tenant are one tenant), among the images with "
+        "one salt as ESX has it (images without a salt are one group), or all; for this run's settings. The last is "
+        "counters.saved_bytes. With use_zero_pages the zero page is the kernel's own, so that mapping it shares "
+        "nothing between images."
     ),
     file="policy.parquet",
     sort=("level",),
@@ -145,6 +155,57 @@ POLICY = Table(
         pages("saved_other", "of them, all other pages"),
         Column("saved_bytes", pa.int64(), "saved pages in bytes; KSM's own cost is not taken off", unit="bytes"),
         Column("saved_gib", pa.float64(), "saved_bytes / 2^30", unit="GiB"),
+        Column(
+            "cost_bytes",
+            pa.int64(),
+            "what the policy costs: saved_bytes of `all` less its own; below 0 where fork's frames make more merge",
+            unit="bytes",
+        ),
+        Column("cost_gib", pa.float64(), "cost_bytes / 2^30", unit="GiB"),
+    ),
+)
+
+EXPOSURE = Table(
+    name="exposure",
+    version=1,
+    doc=(
+        "What each two tenants would have on the same KSM pages: a row for two tenants and a kind of which both hold a "
+        "content that may merge, under this run's settings and once nothing changes any more. Images without a tenant "
+        "are one tenant, of empty name; with fewer than two tenants there is no row. With merge_across_nodes off a "
+        "content counts once for each NUMA node that both hold it on; with use_zero_pages there is no row for zero "
+        "pages. A content of three tenants is in three rows, so rows must not be added, but for the columns rare_*. "
+        "docs/exposure.md says what each number is worth to an attacker."
+    ),
+    file="exposure.parquet",
+    sort=("tenant", "other"),
+    columns=(
+        Column("tenant", pa.string(), "a tenant, as images.tenant has it; empty: the images without one"),
+        Column("other", pa.string(), "the other, whose name is greater (by code points)"),
+        Column("kind", pa.string(), "zero | same_filled | other, in this order"),
+        count("contents", "contents that both hold", "contents"),
+        pages("pages", "the tenant's pages with these contents"),
+        pages("other_pages", "the other's pages with these contents"),
+        count(
+            "near_contents",
+            "of contents, those of whose pages, all tenants together, max_page_sharing leaves one over once at most an "
+            "eighth of max_page_sharing more are there: (1 - copies) mod max_page_sharing <= max_page_sharing / 8",
+            "contents",
+        ),
+        count("rare_contents", "of contents, those that no third tenant holds", "contents"),
+        pages("rare_pages", "the tenant's pages with these"),
+        pages("rare_other_pages", "the other's pages with these"),
+        count(
+            "rare_looked_at",
+            "of rare_contents, those whose entropy was asked for: all, or those with the lowest digests of all rows "
+            "where there are more than 16,384 of kind other; the sum of the next four",
+            "contents",
+        ),
+        count("rare_low", "of these, contents below 4 bits of entropy a byte", "contents"),
+        count("rare_middle", "from 4 bits a byte to 7.2", "contents"),
+        count("rare_high", "from 7.2 bits a byte on: compressed, encrypted, random, keys among them", "contents"),
+        count("rare_unknown", "those whose first page could not be read again", "contents"),
+        pages("salt_pages", "of pages, those that merge with the other's even if only images with one salt merge"),
+        pages("salt_other_pages", "of other_pages, those that merge with the tenant's even so"),
     ),
 )
 
@@ -228,6 +289,44 @@ IMAGE_SET = Table(
         IMAGE_COLUMN,
         pages("pages", "the image's pages with these contents"),
         Column("contents", pa.int64(), "contents held by just these images", unit="contents"),
+    ),
+)
+
+TENANT_SET = Table(
+    name="tenant_set",
+    version=1,
+    doc=(
+        "Between merge and expose: contents by the set of tenants that hold them, a row a member. The same set may "
+        "come several times. Kept in files of an unfinished run only."
+    ),
+    file="",
+    sort=("set", "tenant"),
+    columns=(
+        Column("set", pa.int64(), "number of the set in this file", unit="index"),
+        Column("tenant", pa.int32(), "number of the tenant, by name", unit="index"),
+        pages("pages", "the tenant's pages with these contents"),
+        Column("contents", pa.int64(), "contents held by just these tenants", unit="contents"),
+        Column("kind", pa.int8(), "0 zero, 1 same_filled, 2 other", unit="index"),
+        Column("near", pa.bool_(), "their copies come near max_page_sharing: exposure.near_contents"),
+        Column("salted", pa.bool_(), "a content is one for each salt; false: one whatever the salts"),
+    ),
+)
+
+RARE_CONTENT = Table(
+    name="rare_content",
+    version=1,
+    doc=(
+        "Between merge and expose: contents of kind other that just two tenants hold, those with the lowest digests of "
+        "a range. Kept in files of an unfinished run only."
+    ),
+    file="",
+    sort=("digest",),
+    columns=(
+        DIGEST,
+        IMAGE_COLUMN,
+        Column("address", pa.uint64(), "its lowest address in that image, the first that holds it", unit="bytes"),
+        Column("tenant", pa.int32(), "number of the one tenant, by name", unit="index"),
+        Column("other", pa.int32(), "number of the other, greater", unit="index"),
     ),
 )
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 from ksmdist.schema import Column, Key, Table, pages
 
 __all__ = [
+    "CANDIDATE",
     "CHECKSUMS",
     "CLASSES",
     "DIGEST",
@@ -30,6 +31,7 @@ __all__ = [
     "SHARD_CONTENT",
     "SPECTRUM",
     "STABLE_TREE",
+    "WITNESS",
     "ZERO_COLORS",
 ]
 
@@ -135,6 +137,7 @@ MEMORY_IMAGE = Table(
         Key("ksmdist.kind", "guest, process, container or kernel", "guest"),
         Key("ksmdist.host", "host the image was taken on", ""),
         Key("ksmdist.tenant", "owner of the image, for sharing between and within tenants", ""),
+        Key("ksmdist.salt", "images with another salt share nothing with it under policy salt; empty: none", ""),
         Key("ksmdist.captured_at", "when it was taken, RFC 3339", ""),
         Key("ksmdist.pass", "number of the pass, where one image is taken several times, decimal", "0"),
         Key(
@@ -166,7 +169,12 @@ MEMORY_IMAGE = Table(
     ),
 )
 
-DIGEST = Column("digest", pa.binary(16), "xxh3_128 of the page's bytes, seed 0, big-endian (canonical form)")
+DIGEST = Column(
+    "digest",
+    pa.binary(16),
+    "xxh3_128 of the page's bytes, big-endian (canonical form), with the seed that the site key gives (run.json: key; "
+    "0 without one). Of contents whose digests collide, the last half is BLAKE2b's",
+)
 FILL_WORD = Column(
     "fill_word",
     pa.uint64(),
@@ -237,6 +245,42 @@ SHARD_CONTENT = Table(
             nullable=True,
         ),
         FILL_WORD,
+    ),
+)
+
+CANDIDATE = Table(
+    name="candidate",
+    version=1,
+    doc=(
+        "Pages that are to be looked at again: of each content that two or more eligible pages seem to hold, a page of "
+        "each task that holds it. Kept in files of an unfinished run only."
+    ),
+    file="",
+    sort=("digest", "image", "address"),
+    columns=(
+        DIGEST,
+        IMAGE_COLUMN,
+        Column("address", pa.uint64(), "of the page", unit="bytes"),
+    ),
+)
+
+WITNESS = Table(
+    name="witness",
+    version=1,
+    doc=(
+        "What another hash says of candidates: rows of one digest and several witnesses are several contents. Kept in "
+        "files of an unfinished run only."
+    ),
+    file="",
+    sort=("digest",),
+    columns=(
+        DIGEST,
+        Column(
+            "witness",
+            pa.binary(16),
+            "mmh3_x64_128 of the page's bytes, with the seed that the site key gives; null: it could not be read again",
+            nullable=True,
+        ),
     ),
 )
 
@@ -443,7 +487,7 @@ CHECKSUMS = Table(
 
 IMAGES = Table(
     name="images",
-    version=4,
+    version=5,
     doc="A row for each image: its pages by class and kind, and what it shares.",
     file="images.parquet",
     sort=("scan_order",),
@@ -465,6 +509,12 @@ IMAGES = Table(
         ),
         Column("host", pa.string(), "host it was taken on, empty if unknown"),
         Column("tenant", pa.string(), "its owner, empty if unknown"),
+        Column(
+            "salt",
+            pa.int32(),
+            "group of the images with its salt, from 1 in scan order; 0: it has none. The salt itself is not kept",
+            unit="index",
+        ),
         pages("total", "pages present and read: the sum of the classes below"),
         Column("bytes", pa.int64(), "total, in bytes", unit="bytes"),
         pages("absent", "pages with no bytes in the image: never touched, left out by the dump, a hole in the file"),

@@ -7,7 +7,7 @@ const KIND_NAMES = { zero: "zero pages", same_filled: "same-filled pages", other
 const SCOPE_NAMES = { within: "within one image", between: "between images" };
 const POLICY_NAMES = {
   never: "never", zero: "zero pages only", same_filled: "same-filled only", image: "within an image",
-  tenant: "within a tenant", all: "all images",
+  tenant: "within a tenant", salt: "within a salt", all: "all images",
 };
 const KIND_COLORS = { domain: KINDS, range: ["var(--zero)", "var(--same-filled)", "var(--other)"] };
 

@@ -1,7 +1,7 @@
 /* What happens as the page opens. */
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const GRIDS = { contents: data.contents, cells: data.heat.cells, cumulative: data.cumulative, images: data.images, pairs: data.pairs };
+const GRIDS = { contents: data.contents, cells: data.heat.cells, cumulative: data.cumulative, exposure: data.exposure, images: data.images, pairs: data.pairs };
 const CHARTS = {
   split: splitChart, policy: policyChart, spectrum: spectrumChart, heat: heatChart, cumulative: cumulativeChart,
   whatif: whatifChart, huge: hugeChart,
