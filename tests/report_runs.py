@@ -233,6 +233,7 @@ def made_up(images: int, partners: int = 40, names: Sequence[str] = (), several_
         "estimate": {"full_scans": 2, "pages_per_scan": total, "seconds": total / 5000},
         "holes": {"images": [], "pages": 0, "ranges": 0},
         "filtered": [],
+        "verified": {"verify": "hash", "contents": 10**9, "pages": 10**10, "unread": 0, "collided": 0},
         "kinds": kinds,
         "merges": {
             "zero": kinds["zero"],

@@ -8,7 +8,7 @@ from typing import Any
 from ksmdist.report import page_findings, page_predictions
 from ksmdist.report.markup import counted, listed, paragraph, plain, section, table
 from ksmdist.report.page_data import PageInput
-from ksmdist.report.terminal import filtered_lines
+from ksmdist.report.terminal import confirmed_line, filtered_lines
 
 __all__ = ["GUIDE", "filtered", "incomplete", "render_sections"]
 
@@ -168,6 +168,7 @@ def _settings(page: PageInput) -> str:
         "settings",
         "Settings",
         table("Settings of the run", ("setting", "value", "meaning"), shown, texts=3, name="settings-table"),
+        paragraph(f"Contents: {confirmed_line(page.manifest['summary'])}."),
         paragraph(
             f"ksmdist {page.manifest['ksmdist']}; engine: {engine['name']} ({plain(str(engine['why']), None)}); "
             f"run directory: {plain(str(page.manifest['summary'].get('run', '')), None)}"

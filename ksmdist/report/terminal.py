@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
+    "confirmed_line",
     "console",
     "counter_table",
     "estimate_line",
@@ -132,6 +133,21 @@ def estimate_line(result: Mapping[str, Any]) -> str:
         f"estimated time to converge: {estimate['seconds']:,.1f} s and the scanning itself ({how}, "
         f"pages_to_scan={settings['pages_to_scan']}, sleep_millisecs={settings['sleep_millisecs']})"
     )
+
+
+def confirmed_line(summary: Mapping[str, Any]) -> str:
+    """How far equal digests are known to be equal pages."""
+    verified = summary["verified"]
+    if verified["verify"] == "none":
+        return "equal digests were taken for equal pages, and not confirmed (--verify none)"
+    how = "a second hash" if verified["verify"] == "hash" else "comparing the pages"
+    contents, pages = verified["contents"], verified["pages"]
+    line = f"confirmed by {how}: {contents:,} contents that seem to be held twice or more, {pages:,} pages read again"
+    if verified["unread"]:
+        line += f", {verified['unread']:,} of them NOT readable"
+    if verified["collided"]:
+        line += f"; {verified['collided']:,} digests were of SEVERAL contents, told apart"
+    return line
 
 
 def knobs(settings: Mapping[str, Any]) -> str:
@@ -284,5 +300,6 @@ def render(
             f"INCOMPLETE: {len(holes['images']):,} images are on nodes that are not in the cluster, and are not "
             f"counted: {printable(missing)}"
         )
+    to.out(confirmed_line(summary))
     to.out(printable(f"engine: {summary['engine']} ({summary['engine_why']})"))
     to.out(printable(f"run directory: {summary['run']}"))
