@@ -97,16 +97,14 @@ def check_same(key: Key, fingerprint: str | None, where: str) -> None:
     """Raises RunDirectoryError where a run was made under another key than this one."""
     if key.fingerprint != fingerprint:
         raise RunDirectoryError(
-            f"was made {_named(fingerprint)}, and here is {_named(key.fingerprint, 'is ')}",
+            f"was made under {_named(fingerprint)}, and here is {_named(key.fingerprint)}",
             where,
             f"give the key it was made with: --key-file, {VARIABLE}" if fingerprint else "give --no-key",
         )
 
 
-def _named(fingerprint: str | None, is_: str = "") -> str:
-    if fingerprint is None:
-        return "no key" if is_ else "without a key"
-    return f"key {fingerprint}" if is_ else f"under key {fingerprint}"
+def _named(fingerprint: str | None) -> str:
+    return "no key" if fingerprint is None else f"key {fingerprint}"
 
 
 def _read(path: Path) -> Key:
@@ -115,9 +113,7 @@ def _read(path: Path) -> Key:
         try:
             why = unsafe(os.fstat(fd), os.geteuid())
             if why is not None:
-                raise SettingsError(
-                    why, str(path), f"chmod 600 it, or make a new key: head -c {KEY_BYTES} /dev/urandom"
-                )
+                raise SettingsError(why, str(path), "make it yours alone: chmod 600, chown")
             text = os.read(fd, 1024)
         finally:
             os.close(fd)

@@ -278,6 +278,11 @@ def _whole(file: ImageFile, header: KdumpHeader) -> list[tuple[ImageFile, KdumpH
         folder = "/"
     entries = [entry for entry in folders.list(folder) if entry.nbytes > header.block_size]
     local = local_path(file.path) is not None
+    if local:  # links out of the folder are not followed: pages of a piece behind one are missing
+        own = os.path.realpath(folder or ".")
+        entries = [
+            entry for entry in entries if entry.name == name or is_inside(os.path.realpath(entry.path), own)
+        ]
     found: list[tuple[ImageFile, KdumpHeader]] = []
     with ExitStack() as opened:
         for entry in sorted(
