@@ -27,14 +27,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISDIR
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
+from ksmdist import intake
 from ksmdist.errors import RunDirectoryError
+from ksmdist.images import ipc
 from ksmdist.store import whole_file
 from ksmdist.tables import SHARD_CONTENT
 
@@ -57,6 +58,7 @@ __all__ = [
     "write_related",
 ]
 
+_PREFIX = b"\xff\xff\xff\xff" + bytes(4)  # of a message's metadata in a file
 _PLAN_VERSION = 3
 _OURS = ("lock", "plan.json", "work", "stable_tree", "checksums", "metrics.prom")  # and tables, .parquet
 
@@ -110,10 +112,7 @@ def write_related(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> 
 
 def read_batch(path: Path, schema: pa.Schema, start: int, end: int) -> pa.Table:
     """The record batch between two of Written.offsets of a file. Raises RunDirectoryError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _unreadable(path, os.strerror(error.errno or 0)) from None
+    fd = _opened(path)
     try:
         return _table(path, fd, start, end, schema)
     finally:
@@ -147,11 +146,15 @@ def read_mark(directory: Path, level: int, number: int, superseded: bool = False
     """
     path = content_file(directory, level, number)
     try:
-        mark: dict[str, Any] = json.loads(path.with_suffix(".json").read_bytes())
+        mark: dict[str, Any] = intake.read_json(directory, f"work/{path.stem}.json")
         if not superseded and (mark["nbytes"], mark["xxh3_64"]) != _checksum(path):
             return None
-        return Written(np.array(mark["rows"], np.int64), np.array(mark["offsets"], np.int64)), mark["summary"]
-    except (OSError, ValueError, KeyError, TypeError):
+        rows, offsets, nbytes = np.array(mark["rows"]), np.array(mark["offsets"]), mark["nbytes"]
+        fits = rows.dtype == offsets.dtype == np.int64 and rows.ndim == 1 and offsets.shape == (len(rows) + 1,)
+        if not fits or (rows < 0).any() or not 0 <= offsets[0] <= offsets[-1] <= nbytes or (np.diff(offsets) < 0).any():
+            return None
+        return Written(rows, offsets), mark["summary"]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RunDirectoryError):
         return None
 
 
@@ -165,7 +168,8 @@ class Results:
                 mark = read_mark(directory, *result, superseded=True)
                 if mark is None:
                     raise _unreadable(content_file(directory, *result), "no mark")
-                self._files.append((*_opened(directory, result), mark[0].offsets))
+                path = content_file(directory, *result)
+                self._files.append((path, _opened(path), mark[0].offsets))
         except BaseException:
             self.close()
             raise
@@ -190,7 +194,8 @@ def read_range(
     Files are opened one after the other, and only these bytes of each are read. Raises RunDirectoryError.
     """
     for result, first, last in zip(results, start.tolist(), end.tolist(), strict=True):
-        path, fd = _opened(directory, result)
+        path = content_file(directory, *result)
+        fd = _opened(path)
         try:
             table = _table(path, fd, first, last)
         finally:
@@ -205,23 +210,52 @@ def compact(table: pa.Table) -> pa.Table:
     return pa.Table.from_batches(batches, table.schema)
 
 
-def _opened(directory: Path, result: tuple[int, int]) -> tuple[Path, int]:
-    path = content_file(directory, *result)
+def _opened(path: Path) -> int:
+    """A descriptor of a file of work/, with no link followed: who else writes there may be anyone."""
     try:
-        return path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return intake.open_file(path.parents[1], f"{path.parent.name}/{path.name}")
     except OSError as error:
         raise _unreadable(path, os.strerror(error.errno or 0)) from None
 
 
 def _table(path: Path, fd: int, start: int, end: int, schema: pa.Schema = SHARD_CONTENT.schema) -> pa.Table:
-    """The record batch that is these bytes of the file, found without the file's footer: that took 0.4 ms a time."""
+    """The record batch that is these bytes of the file, found without the file's footer: that took 0.4 ms a time.
+
+    What it holds is checked before it is used: 0.1 ms for the 524,288 rows of 2 GiB of pages.
+    """
     try:
+        if not 0 <= start <= end <= os.fstat(fd).st_size:
+            raise _unreadable(path, "it is cut short")
         data = os.pread(fd, end - start, start)
         if len(data) < end - start:
             raise _unreadable(path, "it is cut short")
-        return pa.Table.from_batches([pa.ipc.read_record_batch(pa.ipc.read_message(data), schema)])
-    except (OSError, pa.ArrowException) as error:
+        message = pa.ipc.read_message(data)
+        _check_packed(message, schema)
+        batch = pa.ipc.read_record_batch(message, schema)
+        batch.validate(full=True)
+        if any(column.null_count and not field.nullable for field, column in zip(schema, batch.columns, strict=True)):
+            raise ValueError("it has nulls")
+        return pa.Table.from_batches([batch])
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise _unreadable(path, str(error).splitlines()[0]) from None
+
+
+def _check_packed(message: pa.Message, schema: pa.Schema) -> None:
+    """Raise ValueError where a compressed buffer says that it holds more than its bytes can: pyarrow would give it all.
+
+    LZ4 alone is written here: in it a byte more of a length stands for 255 bytes. Columnar.rst, Compression: the
+    length comes first, in 8 bytes, -1 for what is not compressed.
+    """
+    body = message.body if message.body is not None else pa.py_buffer(b"")
+    buffers = sum(3 if pa.types.is_binary(kind) or pa.types.is_string(kind) else 2 for kind in schema.types)
+    batch = ipc.rows_of(_PREFIX + message.metadata.to_pybytes(), 0, body.size, buffers)
+    if batch.codec not in ("", "lz4"):
+        raise ValueError("it is compressed otherwise than it was")
+    if batch.codec:
+        for at, length in zip(batch.offset.tolist(), batch.length.tolist(), strict=True):
+            said = int.from_bytes(body.slice(at, min(8, length)).to_pybytes(), "little", signed=True)
+            if not -1 <= said <= 255 * length:
+                raise ValueError("a compressed buffer says that it holds more than it can")
 
 
 def _unreadable(path: Path, why: str) -> RunDirectoryError:
@@ -237,7 +271,7 @@ def drop_content(directory: Path, results: Iterable[tuple[int, int]]) -> None:
 def _checksum(path: Path) -> tuple[int, str]:
     digest = xxhash.xxh3_64()
     nbytes = 0
-    with open(path, "rb", buffering=0) as source:
+    with open(_opened(path), "rb", buffering=0) as source:
         while block := source.read(1 << 20):
             digest.update(block)
             nbytes += len(block)
@@ -466,12 +500,21 @@ def _taken(path: Path, directory: Path) -> int:
 
     Raises OSError, and RunDirectoryError where another has it, or the directory is not this user's alone.
     """
-    stat = os.lstat(directory)
-    if not S_ISDIR(stat.st_mode) or stat.st_uid != os.geteuid():
-        raise RunDirectoryError(
-            "is no directory of this user", str(directory), "remove it, or choose another directory with -o"
-        )
-    os.chmod(directory, 0o700)
+    try:
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        folder = -1
+    try:
+        if folder < 0 or os.fstat(folder).st_uid != os.geteuid():
+            raise RunDirectoryError(
+                "is no directory of this user", str(directory), "remove it, or choose another directory with -o"
+            )
+        os.fchmod(folder, 0o700)
+    finally:
+        if folder >= 0:
+            os.close(folder)
     lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -503,7 +546,7 @@ def _same_file(fd: int, path: Path) -> bool:
 
 def _read_plan(directory: Path) -> dict[str, Any] | None:
     try:
-        plan: dict[str, Any] = json.loads((directory / "plan.json").read_bytes())
+        plan: dict[str, Any] = intake.read_json(directory, "plan.json")
     except (OSError, ValueError):
         return None
     return plan if isinstance(plan, dict) and plan.get("plan_version") == _PLAN_VERSION else None

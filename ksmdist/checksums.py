@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ksmdist import intake
 from ksmdist.errors import RunDirectoryError
 from ksmdist.passes import Compared
 from ksmdist.store import whole_file
@@ -21,6 +21,7 @@ __all__ = ["Stretch", "find", "read", "read_summary", "write"]
 
 _SUMMARY = b"ksmdist.compared"
 _GROUP_ROWS = 1 << 18
+_MOST_GROUP_ROWS = 1 << 22  # a batch of pages more than _GROUP_ROWS, whatever the size of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +78,19 @@ def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 def read_summary(path: Path) -> dict[int, Compared] | None:
     """What write() kept with a file, by image; None where there is no such file, or it is not whole."""
     try:
-        metadata = pq.read_metadata(path).metadata
-        return {int(image): Compared(**found) for image, found in json.loads(metadata[_SUMMARY]).items()}
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        with intake.open_arrow(*_place(path)) as source:
+            metadata = pq.ParquetFile(source).metadata.metadata
+        said = intake.parsed(metadata[_SUMMARY]).items()
+        if not all(type(number) is int and number >= 0 for _, found in said for number in found.values()):
+            return None
+        return {int(image): Compared(**found) for image, found in said}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException, RunDirectoryError):
         return None
+
+
+def _place(path: Path) -> tuple[Path, str]:
+    """The run directory of a file, and the file's name in it."""
+    return path.parents[1], f"{path.parent.name}/{path.name}"
 
 
 def find(files: Sequence[Path]) -> dict[int, list[Stretch]]:
@@ -89,11 +99,15 @@ def find(files: Sequence[Path]) -> dict[int, list[Stretch]]:
     names = CHECKSUMS.schema.names
     for path in files:
         try:
-            footer = pq.read_metadata(path)
+            with intake.open_arrow(*_place(path)) as source:
+                footer = pq.ParquetFile(source).metadata
             for number in range(footer.num_row_groups):
                 group = footer.row_group(number)
                 image, address = (group.column(names.index(name)).statistics for name in ("image", "address"))
-                stretch = Stretch(str(path), number, image.min, address.min, address.max, group.num_rows)
+                said = (image.min, address.min, address.max)
+                if not (all(type(one) is int for one in said) and 0 <= group.num_rows <= _MOST_GROUP_ROWS):
+                    raise ValueError("it has a row group that ksmdist does not write")
+                stretch = Stretch(str(path), number, *said, group.num_rows)
                 found.setdefault(stretch.image, []).append(stretch)
         except (OSError, ValueError, AttributeError, pa.ArrowException) as error:
             raise _unreadable(path, error) from None
@@ -116,7 +130,7 @@ def read(stretches: Sequence[Stretch], first: int, last: int) -> pa.Table:
 def _written(path: str) -> tuple[int, int]:
     """Tells a file from another that had the same name before."""
     try:
-        found = os.stat(path)
+        found = Path(path).stat()
     except OSError as error:
         raise _unreadable(Path(path), error) from None
     return found.st_ino, found.st_mtime_ns
@@ -125,7 +139,10 @@ def _written(path: str) -> tuple[int, int]:
 @functools.lru_cache(maxsize=4)
 def _group(path: str, number: int, written: tuple[int, int]) -> pa.Table:
     try:
-        return pq.ParquetFile(path).read_row_group(number).cast(CHECKSUMS.schema)
+        with intake.open_arrow(*_place(Path(path))) as source:
+            rows = pq.ParquetFile(source).read_row_group(number).cast(CHECKSUMS.schema)
+        rows.validate(full=True)
+        return rows
     except (OSError, ValueError, pa.ArrowException) as error:
         raise _unreadable(Path(path), error) from None
 

@@ -22,7 +22,7 @@ def make_images(directory: Path, count: int = 3) -> list[Path]:
 
     Returns their paths. Pages are 4096 bytes.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     library = np.random.default_rng(0).integers(0, 1 << 64, (1000, _PAGE // 8), np.uint64)
     paths = []
     for number in range(count):
@@ -37,7 +37,7 @@ def make_images(directory: Path, count: int = 3) -> list[Path]:
         own[100:160] = own[0]
         rng.shuffle(words)
         path = directory / f"guest-{number + 1}.raw"
-        with open(path, "wb") as sink:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as sink:
             sink.write(words.tobytes())
             sink.seek(_PAGES * _PAGE + (4 << 20))
             os.truncate(sink.fileno(), _PAGES * _PAGE + (4 << 20))

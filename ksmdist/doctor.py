@@ -208,7 +208,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 
 def _core_dumps(host: Host) -> Finding:
-    """core(5): a pipe gets the dump whatever the limit, but for a limit of 1; a file takes a limit above 0."""
+    """core(5): a pipe gets the dump whatever the limit, but for a limit of 1; a file where that is a page or more."""
     name, limit, pattern = "core dumps", host.core_limit, host.core_pattern
     if limit is None or pattern is None:
         return Finding(name, "unknown", "RLIMIT_CORE or core_pattern could not be read", "see ulimit -c, core(5)")
@@ -221,8 +221,8 @@ def _core_dumps(host: Host) -> Finding:
             f"a crash hands this process's memory to {pattern[1:].split(' ')[0]}",
             "prlimit --core=1 ksmdist ..., or switch the collector off for this host",
         )
-    if limit == 0:
-        return Finding(name, "ok", "none is written: RLIMIT_CORE is 0")
+    if limit in (0, 1):
+        return Finding(name, "ok", f"none is written: RLIMIT_CORE is {limit}")
     return Finding(name, "unsafe", f"a crash writes memory to {pattern or 'core'}", "ulimit -c 0")
 
 

@@ -2,7 +2,7 @@
 
 A manifest is YAML (a list of entries, or `images:` with one) or Parquet, a row an entry, with the keys image,
 uri, host, tenant, salt, kind, pass and base; only uri must be there. With a `host`, a path is of a file that the node
-of that name alone has.
+of that name alone has. What a manifest names lies in its own folder, or in a root that the user adds (images/roots.py).
 
 Raises SettingsError: a manifest or a name that cannot be; ImageReadError: what is not there or cannot be listed.
 """
@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from ksmdist import images
 from ksmdist.errors import ImageReadError, SettingsError
-from ksmdist.images import folders
+from ksmdist.images import folders, roots
 from ksmdist.images.criu import is_checkpoint_part
 from ksmdist.images.files import open_file
 from ksmdist.images.headers import KINDS_OF_IMAGES
@@ -52,6 +52,7 @@ class Source:
     image_id, host, tenant, kind, pass_number: as the manifest says; "" and None: as the image says
     salt:         likewise; images with another salt share nothing under policy salt. Not to be shown
     base:         files that it is laid over, the lowest first, as the node that reads it opens them
+    roots:        of a manifest's: where it and its bases must lie; no part of which image it is. Empty: anywhere
     """
 
     uri: str
@@ -63,6 +64,7 @@ class Source:
     pass_number: int | None = None
     base: tuple[str, ...] = ()
     salt: str = field(default="", repr=False)
+    roots: tuple[Uri, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         return str(Uri("node", self.node, self.uri[1:])) if self.node else self.uri
@@ -99,8 +101,13 @@ def absolute(source: Source) -> Source:
     return replace(source, uri=os.path.join(path, "") if source.uri.endswith("/") else path, base=base)
 
 
-def read_manifest(path: str) -> list[Source]:
-    """The entries of a manifest, in its order; path: of the file, or its URI in a store."""
+def read_manifest(path: str, more_roots: Sequence[str] = ()) -> list[Source]:
+    """The entries of a manifest, in its order; path: of the file, or its URI in a store.
+
+    more_roots: where its images may lie besides its own folder, as roots.root() takes them. What is in a store is
+    asked here, before anything is opened; what is on a host only expand() can know, there.
+    """
+    allowed = (roots.root_of(path), *map(roots.root, more_roots))
     file = open_file(path)
     try:
         if file.nbytes > _MOST_BYTES:
@@ -117,7 +124,10 @@ def read_manifest(path: str) -> list[Source]:
         if number > _MOST_ENTRIES:
             raise SettingsError(f"has more than {_MOST_ENTRIES} entries", path, "give several manifests, a run each")
         where = f"{path}, entry {number}{where}"
-        source = _source(fields, path, where)
+        source = replace(_source(fields, path, where), roots=allowed)
+        for named in (source.uri, *source.base):
+            if local_path(named) is None:
+                roots.check(named, "", allowed)
         if source.image_id:
             first = seen.setdefault((source.image_id, source.pass_number or 1), number)
             if first != number:
@@ -332,8 +342,11 @@ def expand(source: Source) -> Expanded:
 
     A name that is there is no pattern. Of a folder only the files directly in it are taken. Where no part of
     a name was given (a folder, `*`), a file must be known for an image by its first bytes or its ending. To
-    be called on the source's node, which an ImageReadError does not name.
+    be called on the source's node, which an ImageReadError does not name. Raises SettingsError for what is outside
+    of the source's roots, links resolved.
     """
+    for named in (source.uri, *source.base):
+        roots.check(named, source.node, source.roots)
     there = folders.folders_of(source.uri)
     entry = None if there.path.endswith("/") else there.entry(there.path)
     if there.path.endswith("/") or (entry is not None and entry.is_folder):
@@ -342,6 +355,7 @@ def expand(source: Source) -> Expanded:
         return Expanded((source,))
     elif folders.has_wildcard(there.path):
         matches = folders.matching(there, there.path)
+        _check_entries(source, there, matches)
         left_out = [
             (there.uri(e.path), "is a folder: end it with / to scan what is in it") for e in matches if e.is_folder
         ]
@@ -392,7 +406,14 @@ def _in_folder(source: Source, there: folders.Folders) -> tuple[list[folders.Ent
             left_out.append((there.uri(entry.path), "is a folder: name it too, or use **"))
         else:
             found.append(entry)
+    _check_entries(source, there, found)
     return found, False, left_out
+
+
+def _check_entries(source: Source, there: folders.Folders, entries: Sequence[folders.Entry]) -> None:
+    """Raises SettingsError where one is a link out of the roots, before any is opened."""
+    for entry in entries:
+        roots.check(there.uri(entry.path), source.node, source.roots)
 
 
 def _known(

@@ -110,10 +110,9 @@ def names(root: Path, pattern: str) -> list[str]:
 def read_bytes(root: Path, name: str, most: int = MOST_TEXT_BYTES) -> bytes:
     """All of a file of a run directory. Raises OSError, RunDirectoryError; ValueError where it has more than `most`."""
     with open(open_file(root, name), "rb") as source:
-        data = source.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{name} has more than {most} bytes")
-    return data
+        if os.fstat(source.fileno()).st_size > most:
+            raise ValueError(f"{name} has more than {most} bytes")
+        return source.read(most)
 
 
 def read_json(root: Path, name: str, most: int = MOST_TEXT_BYTES) -> Any:

@@ -24,6 +24,7 @@ __all__ = [
     "Kernel",
     "KeyFile",
     "Manifest",
+    "ManifestRoot",
     "MaxPageSharing",
     "MergeAcrossNodes",
     "NoKey",
@@ -60,6 +61,15 @@ Base = Annotated[
 Manifest = Annotated[
     str | None,
     typer.Option("--manifest", metavar="FLEET", help="A YAML or Parquet file that names images; docs/clusters.md."),
+]
+ManifestRoot = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--manifest-root",
+        metavar="DIR",
+        help="Where a manifest's images may lie besides its own folder: a folder, node://NAME/dir, s3://bucket/prefix, "
+        "or / for anywhere. Again for more.",
+    ),
 ]
 TaskMemory = Annotated[
     int | None,

@@ -56,10 +56,12 @@ def run(
     previous: str | os.PathLike[str] | None = None,
     base: Sequence[str | os.PathLike[str]] = (),
     key: Key | None = None,
+    manifest_roots: Sequence[str | os.PathLike[str]] = (),
 ) -> Run:
     """Scan memory images, merge what they share, count it as KSM would, and write the run directory.
 
-    paths: of images, or URIs, globs and directories (fleet.py); manifest: a file that names more.
+    paths: of images, or URIs, globs and directories (fleet.py); manifest: a file that names more, in its own folder
+    or in one of manifest_roots: folders, node://NAME/dir, URIs of stores, or / for anywhere.
     Images of a node that is not in the cluster are holes; with strict, an EngineError.
     base: files that the images of `paths` are laid over, the lowest first: a hole in them is unchanged memory.
     previous: an earlier run of these images, by image id: pages that changed since are volatile. So are those that
@@ -77,7 +79,9 @@ def run(
     checkpoint.check_free(_absolute(out))
     before = None if previous is None else Path(os.path.abspath(previous))
     more = [] if before is None else earlier_run.sources(before, settings.page_size)
-    with roster.opened(paths, manifest, settings, engine, address, progress, clock, strict, more, base) as looked:
+    with roster.opened(
+        paths, manifest, settings, engine, address, progress, clock, strict, more, base, manifest_roots
+    ) as looked:
         opened, left_out, choice, runner = looked
         described_run = None if before is None else earlier_run.describe(before, opened)
         if described_run is not None or any(image.earlier for image in opened):
@@ -160,15 +164,16 @@ def estimate(
     manifest: str | None = None,
     cpus: int | None = None,
     base: Sequence[str | os.PathLike[str]] = (),
+    manifest_roots: Sequence[str | os.PathLike[str]] = (),
 ) -> Planned:
     """What run() would do, and what it would take. No page is read.
 
-    cpus: of a cluster that is to be; None for what there is. base: as run() has it.
+    cpus: of a cluster that is to be; None for what there is. base, manifest_roots: as run() has them.
     """
     settings = settings or Settings()
     nothing: list[Source] = []
     with roster.opened(
-        paths, manifest, settings, engine, address, NoProgress(), Clock(), False, nothing, base
+        paths, manifest, settings, engine, address, NoProgress(), Clock(), False, nothing, base, manifest_roots
     ) as looked:
         opened, _, choice, runner = looked
         machines = runner.machines()

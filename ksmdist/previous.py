@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from ksmdist import checksums, store
+from ksmdist import checksums, intake, store
 from ksmdist.checksums import Stretch
 from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.fleet import Source
@@ -144,7 +144,10 @@ def describe(path: Path, opened: Sequence[Opened]) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path) -> str:
-    return xxhash.xxh3_128_hexdigest((path / "run.json").read_bytes())
+    try:
+        return xxhash.xxh3_128_hexdigest(intake.read_bytes(path, "run.json"))
+    except (OSError, ValueError):
+        raise RunDirectoryError("is no run directory", str(path), "give a directory that `ksmdist run` wrote") from None
 
 
 def load(described: Mapping[str, Any] | None, image_ids: Sequence[str]) -> Previous | None:
@@ -166,7 +169,7 @@ def load(described: Mapping[str, Any] | None, image_ids: Sequence[str]) -> Previ
         for before, image in enumerate(manifest["images"])
         if image["image_id"] in number_of and image["reached"]
     }
-    found = checksums.find(sorted(path.glob(CHECKSUMS.file)))
+    found = checksums.find([path / name for name in intake.names(path, CHECKSUMS.file)])
     _check_whole(path, found)
     stretches = {now: tuple(found.get(before, ())) for before, now in renumbered.items()}
     rows: dict[int, list[dict[str, Any]]] = {now: [] for now in renumbered.values()}

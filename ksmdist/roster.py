@@ -13,7 +13,7 @@ from ksmdist import engines, fleet, images, stages
 from ksmdist.engines import Engine, Stage
 from ksmdist.errors import EngineError, SettingsError
 from ksmdist.fleet import Source
-from ksmdist.images import Hole, ImageInfo
+from ksmdist.images import Hole, ImageInfo, roots
 from ksmdist.plan import UNPACK_S_PER_GIB
 from ksmdist.scanned import Opened
 from ksmdist.settings import Settings
@@ -36,16 +36,20 @@ def opened(
     strict: bool,
     more: Sequence[Source] = (),
     base: Sequence[str | os.PathLike[str]] = (),
+    manifest_roots: Sequence[str | os.PathLike[str]] = (),
 ) -> Iterator[tuple[list[Opened], list[tuple[str, str]], engines.Choice, Engine]]:
     """Images in the order in which KSM scans them, files left out, and the engine, which is closed after use.
 
     A cluster's nodes look at the images themselves: the driver need not see them. more: images of an earlier run, by
     image_id: those of them that are here again are the first pass of these. base: files that those of `paths` are
-    laid over.
+    laid over. manifest_roots: where the manifest's images may lie besides its folder, as images.roots.root() has them.
     """
     sources = [replace(fleet.parse(os.fspath(path)), base=tuple(os.fspath(lower) for lower in base)) for path in paths]
+    more_roots = tuple(os.fspath(root) for root in manifest_roots)
+    if more_roots and manifest is None:
+        raise SettingsError("goes with a manifest alone", roots.OPTION, "give --manifest too, or leave it out")
     if manifest is not None:
-        sources += fleet.read_manifest(manifest)
+        sources += fleet.read_manifest(manifest, more_roots)
     sources = list(map(fleet.absolute, sources))
     if not sources:
         raise SettingsError("no image was given", "IMAGE", "name one or more memory images, or a manifest")

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ksmdist import checkpoint, confirm, engines, plan, stages, store
+from ksmdist import checkpoint, confirm, engines, intake, plan, stages, store
 from ksmdist.collisions import Confirmed
 from ksmdist.digests import Digester
 from ksmdist.engines import Engine, Stage
@@ -121,7 +121,7 @@ class _State:
     @classmethod
     def read(cls, directory: Path) -> _State:
         try:
-            fields = json.loads((directory / "work" / "confirmed.json").read_bytes())
+            fields = intake.read_json(directory, "work/confirmed.json")
             confirmed = fields["confirmed"]
             return cls(
                 frozenset(map(bytes.fromhex, fields["collided"])),

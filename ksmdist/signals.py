@@ -1,16 +1,29 @@
-"""Signals that must not cut short what puts things back: KSM's knobs, processes that were stopped."""
+"""Signals that must not cut short what puts things back, KSM's knobs, processes that were stopped; and core dumps,
+which other signals leave."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
-__all__ = ["Signals"]
+__all__ = ["Signals", "leave_no_core"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def leave_no_core() -> None:
+    """Have no core dump written of this process and those it starts: it would hold pages of images, and seeds.
+
+    The soft RLIMIT_CORE becomes 1, or 0 where the hard limit is 0. A dump goes to a file only where the limit is a page
+    or more; to a collector, a pipe in core_pattern, always but where it is exactly 1 (fs/coredump.c, core(5)).
+    Not PR_SET_DUMPABLE: /proc/self/pagemap and mem would be root's (proc(5)), and capture reads them.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
 
 
 class Signals:

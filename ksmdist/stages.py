@@ -42,7 +42,7 @@ from ksmdist.errors import ImageError, RunDirectoryError
 from ksmdist.exposure import Exposed
 from ksmdist.fleet import Source
 from ksmdist.huge import HugeFrames
-from ksmdist.images import Hole, ImageInfo, stores
+from ksmdist.images import Hole, ImageInfo, roots, stores
 from ksmdist.images.uris import is_uri
 from ksmdist.pairs import Pairs
 from ksmdist.passes import Compared
@@ -107,6 +107,9 @@ def _look(settings: Settings, source: Source) -> Found:
         for one in expanded.sources:
             image = images.open_image(one.uri, settings.page_size, settings.format, one.base)
             try:
+                # What the image itself names; read again, it must be the same files.
+                for path in (image.info.path, *(part for part, _ in image.info.parts)):
+                    roots.check(path, one.node, one.roots)
                 found.append((one, image.info, image.holes))
             finally:
                 image.close()
@@ -146,8 +149,7 @@ def scan(
     number = scan.task.number
     mark = _mark(directory, settings, digester, scan)
     if mark is not None:
-        infos = {n: image.info for n, image in scan.images.items()}
-        return Result(Mapped.from_json(mark[1], infos, settings), mark[0], True)
+        return Result(mark[1], mark[0], True)
     assert settings.ranges is not None
     with named_by_node(scan.task.node):
         mapped, content, sums = read(region_names, settings, digester, scan)
@@ -171,13 +173,21 @@ def _checksums_file(directory: Path, scan: Scan) -> Path:
     return directory / "checksums" / f"{scan.task.number:05d}.parquet"
 
 
-def _mark(directory: Path, settings: Settings, digester: Digester, scan: Scan) -> tuple[Written, Any] | None:
+def _mark(directory: Path, settings: Settings, digester: Digester, scan: Scan) -> tuple[Written, Mapped] | None:
+    """What the task has left, if it is done; what cannot be of this task is not: anyone may have written it."""
     if settings.checksums and checksums.read_summary(_checksums_file(directory, scan)) is None:
         return None
     superseded = any(checkpoint.content_file(directory, *result).exists() for result in scan.ancestors)
     mark = checkpoint.read_mark(directory, 0, scan.task.number, superseded)
-    # Known digests of several contents only become more: as many are the same ones.
-    return mark if mark is not None and mark[1]["collided"] == len(digester.collided) else None
+    try:
+        # Known digests of several contents only become more: as many are the same ones.
+        if mark is None or len(mark[0].rows) != settings.ranges or mark[1]["collided"] != len(digester.collided):
+            return None
+        infos = {number: image.info for number, image in scan.images.items()}
+        mapped = Mapped.from_json(mark[1], infos, settings)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        return None
+    return (mark[0], mapped) if mapped.pages == scan.task.pages else None
 
 
 def read_shards(

@@ -50,23 +50,8 @@ _WHOLE_ROWS = 1 << 20
 _MOST_GROUP_ROWS = 1 << 20  # pyarrow's own most, of which write_table() leaves it
 _MOST_TABLE_BYTES = 4 << 30  # in memory, of a table that is read whole: a million images take 1 GiB of each
 _MOST_TEXTS_BYTES = 1 << 30  # of a column in a batch, written out
-_COUNTED = frozenset(
-    [
-        "pages",
-        "contents",
-        "images",
-        "tenants",
-        "nodes",
-        "frames",
-        "huge pages",
-        "rmap items",
-        "node number",
-        "stable nodes",
-        "scans",
-        "passes",
-        "index",
-    ]
-)
+_COUNTED = {"pages", "contents", "images", "tenants", "nodes", "node number", "frames", "huge pages", "rmap items"}
+_COUNTED |= {"stable nodes", "scans", "passes", "index"}
 """Units of what is never below zero."""
 _BELOW_ZERO = ("frames_saved",)  # merging may take more frames than it frees, where fork shares them already
 _MOST_INDEX = 1 << 27

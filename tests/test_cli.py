@@ -29,7 +29,7 @@ def test_json_is_the_promised_object(make_raw: MakeImage, tmp_path: Path) -> Non
     assert done.returncode == 0
     stages = [line.split(":")[:2] for line in done.stderr.splitlines()]
     assert stages == [
-        ["ksmdist", f" {stage}"] for stage in ("open", "engine", "start", "scan", "merge", "relate", "count")
+        ["ksmdist", f" {stage}"] for stage in ("open", "engine", "start", "scan", "confirm", "merge", "relate", "count")
     ]
     printed = json.loads(done.stdout)
     promised = {

@@ -22,7 +22,7 @@ from ray import cloudpickle
 import ksmdist
 from ksmdist import pipeline, plan, stages
 from ksmdist.engines import ray as engine
-from ksmdist.errors import EngineError
+from ksmdist.errors import EngineError, SettingsError
 from ksmdist.settings import Settings
 from ksmdist.store import read_table
 from ksmdist.tables import HOLES, IMAGES
@@ -102,7 +102,17 @@ def test_images_are_scanned_where_they_are(two: str, tmp_path: Path, monkeypatch
     fleet.write_text(
         f"- {{image: first, uri: 'node://blue{one}', tenant: t1}}\n- {{image: second, uri: '{other}', host: green}}\n"
     )
-    run = ksmdist.run([], tmp_path / "run", SETTINGS, "ray", two, manifest=str(fleet))
+    with pytest.raises(SettingsError, match=rf"node://(blue|green){tmp_path}/.* is named by a manifest"):
+        ksmdist.run([], tmp_path / "run", SETTINGS, "ray", two, manifest=str(fleet))
+    run = ksmdist.run(
+        [],
+        tmp_path / "run",
+        SETTINGS,
+        "ray",
+        two,
+        manifest=str(fleet),
+        manifest_roots=[f"node://blue{tmp_path}", tmp_path],
+    )
     names = {node["NodeID"]: node["Labels"].get("ksmdist-host") for node in _nodes(two)}
     where = {int(path.name): names[path.read_text()] for path in log.iterdir()}
     assert where == {n: "blue" if n < 4 else "green" for n in range(8)}
@@ -167,7 +177,7 @@ def test_progress_of_all_nodes_comes_to_one_place(two: str, tmp_path: Path) -> N
     sources = [f"node://blue{one}", f"node://green{other}"]
     ksmdist.run(sources, tmp_path / "run", SETTINGS, "ray", two, progress=Watch())
     assert seen == [4] * faults.TASKS
-    assert lines == ["start", "open", "scan", "merge", "relate", "count"]
+    assert lines == ["start", "open", "scan", "confirm", "merge", "relate", "count"]
 
 
 def test_metrics_of_tasks_are_rays_metrics(two: str, tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ def test_pages_of_other_nodes_are_shipped(images: list[Path], tmp_path: Path, mo
     monkeypatch.setattr(InlineEngine, "machines", lambda self: Machines(frozenset(nodes), 1, 1 << 30))
     monkeypatch.setattr(confirm, "ship", ship)
     monkeypatch.setattr(digests, "_page_digest", weak(8))
-    done = ksmdist.run([], tmp_path / "out", Settings(verify="bytes"), engine="inline", manifest=str(manifest))
+    chosen, roots = Settings(verify="bytes"), [images[0].parent]
+    done = ksmdist.run([], tmp_path / "out", chosen, engine="inline", manifest=str(manifest), manifest_roots=roots)
     assert sum(shipped) > 100
     assert copies(done.path) == sorted((kind_of(content), n) for content, n in counted(images).items() if n > 1)
 

@@ -64,6 +64,7 @@ def found(findings: list[Finding], name: str, where: str | None = None) -> Findi
     ("check", "facts", "state", "said"),
     [
         ("core dumps", {}, "ok", "RLIMIT_CORE is 0"),
+        ("core dumps", {"core_limit": 1}, "ok", "RLIMIT_CORE is 1"),
         ("core dumps", {"core_limit": -1}, "unsafe", "a crash writes memory to core"),
         ("core dumps", {"core_pattern": "|/usr/lib/systemd/systemd-coredump %P"}, "unsafe", "systemd-coredump"),
         ("core dumps", {"core_pattern": "|/x", "core_limit": 1}, "ok", "keeps dumps from it"),

@@ -60,7 +60,7 @@ ENTRIES = """
 
 @pytest.mark.parametrize("head", ["", "images:"])
 def test_a_manifest_in_yaml(tmp_path: Path, head: str) -> None:
-    assert read_manifest(written(tmp_path, head + ENTRIES)) == [
+    assert read_manifest(written(tmp_path, head + ENTRIES), ["s3://bucket?region=eu-west-1"]) == [
         Source(f"{tmp_path}/sub/vm1.raw", image_id="vm1", tenant="1"),
         Source("/dumps/vm2.raw", node="n2", host="n2", kind="guest", tenant="blue"),
         Source("/dumps/vm3.raw", node="n3", host="n3", image_id="vm3", pass_number=1),
@@ -84,9 +84,9 @@ def test_a_manifest_in_parquet_is_the_same(tmp_path: Path) -> None:
         Source("/dumps/b.raw", node="n1", host="n1", image_id="b", pass_number=2),
         Source("s3://bucket/c.raw", pass_number=1),
     ]
-    assert read_manifest(str(path)) == expected
+    assert read_manifest(str(path), ["s3://bucket"]) == expected
     path.rename(tmp_path / "fleet")  # known by its first bytes
-    assert read_manifest(str(tmp_path / "fleet")) == expected
+    assert read_manifest(str(tmp_path / "fleet"), ["s3://bucket"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_manifest_in_a_store(s3: Proxy) -> None:
     s3.server.put("fleet/m.yaml", b"- uri: vm.raw\n- uri: ../other/*.raw\n- {uri: /local/x.raw, host: n1}\n")
     uri = s3.uri("fleet/m.yaml")
     query = uri[uri.index("?") :]
-    assert [source.uri for source in read_manifest(uri)] == [
+    assert [source.uri for source in read_manifest(uri, [s3.uri("other")])] == [
         f"s3://{BUCKET}/fleet/vm.raw{query}",
         f"s3://{BUCKET}/other/*.raw{query}",
         "/local/x.raw",
@@ -331,6 +331,6 @@ def test_links_and_special_files_of_a_folder(tmp_path: Path) -> None:
 
 def test_a_large_manifest_is_read_by_its_events(tmp_path: Path) -> None:
     entries = "".join(f"- image: vm{n}\n  uri: s3://fleet/vm{n}.raw\n  host: n{n % 100}\n" for n in range(20_000))
-    sources = read_manifest(written(tmp_path, entries))
+    sources = read_manifest(written(tmp_path, entries), ["s3://fleet"])
     assert len(sources) == 20_000
     assert sources[-1] == Source("s3://fleet/vm19999.raw", image_id="vm19999", host="n99")

@@ -127,7 +127,8 @@ def test_a_fleet_of_a_manifest(tmp_path: Path, stored: tuple[list[str], dict[str
         "  - {image: image1, uri: unharmed/image1.raw, tenant: t, kind: guest, pass: 1}\n"
     )
     done = faults.driver(
-        "cli.main()", "run", "--manifest", fleet, "-o", tmp_path / "run", "--shard-pages", 4, "--ranges", 4
+        *("cli.main()", "run", "--manifest", fleet, "--manifest-root", uris[0]),
+        *("-o", tmp_path / "run", "--shard-pages", 4, "--ranges", 4),
     )
     _, said = done.communicate(timeout=60)
     assert done.returncode == 0, said

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Annotated, Any, TextIO
 
+import pyarrow as pa
 import typer
 
 from ksmdist import report
 from ksmdist.cli import files, live, predictions, publishing, reports, safety, scanning
-from ksmdist.errors import KsmdistError
+from ksmdist.errors import KsmdistError, RunDirectoryError
+from ksmdist.signals import leave_no_core
 from ksmdist.version import __version__
 
 __all__ = ["app", "main"]
@@ -38,6 +41,39 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+_OF_RUNS = ("whatif", "explain", "unmerge", "report", "diff", "query", "publish")
+_UNFIT = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(AssertionError, StopIteration, MemoryError, RecursionError),
+    pa.ArrowException,
+)
+
+
+def _of_a_run(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that reads a run directory, which anyone may have made: tables that do not fit each other end it.
+
+    Each file is checked where it is read (store.py, streams.py). What no file says for itself, an image that is in no
+    table, comes out where it is used.
+    """
+
+    @functools.wraps(command)
+    def checked(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except _UNFIT as error:
+            if isinstance(error, UnicodeEncodeError):  # of the terminal
+                raise
+            run = next((str(value) for name, value in options.items() if name in ("run", "run_a")), "")
+            said = str(error).splitlines()[0][:200] if str(error) else ""
+            raise RunDirectoryError(
+                f"holds what does not fit together: {type(error).__name__}: {said}",
+                run,
+                "run the images again; if ksmdist wrote it as it is, this is a bug of ksmdist",
+            ) from error
+
+    return checked
+
+
 for _name, _command in (
     ("run", scanning.run_command),
     ("plan", scanning.plan_command),
@@ -57,7 +93,7 @@ for _name, _command in (
     ("publish", publishing.publish_command),
     ("doctor", safety.doctor_command),
 ):
-    app.command(_name)(_command)
+    app.command(_name)(_of_a_run(_command) if _name in _OF_RUNS else _command)
 
 
 class _Stream:
@@ -94,6 +130,7 @@ class _Stream:
 
 def main() -> None:
     """The console script: run a command, render what it raises, end the process with its code."""
+    leave_no_core()
     code = 0
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: whoever closed it wants nothing

@@ -28,6 +28,7 @@ def run_command(
         Path | None, typer.Option("--out", "-o", metavar="RUN", help="The run directory to write; required.")
     ] = None,
     manifest: options.Manifest = None,
+    manifest_root: options.ManifestRoot = None,
     base: options.Base = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", metavar="RUN", help="Take up an unfinished run; no IMAGE, no setting.")
@@ -119,7 +120,18 @@ def run_command(
     _show(
         out,
         lambda bar: pipeline.run(
-            sources or [], out, settings, engine, address, bar, manifest, strict, previous, base or (), key
+            sources or [],
+            out,
+            settings,
+            engine,
+            address,
+            bar,
+            manifest,
+            strict,
+            previous,
+            base or (),
+            key,
+            manifest_root or (),
         ),
         as_json,
         quiet,
@@ -135,6 +147,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
 def plan_command(
     sources: options.Sources = None,
     manifest: options.Manifest = None,
+    manifest_root: options.ManifestRoot = None,
     base: options.Base = None,
     format: options.Format = None,
     page_size: options.PageSize = 4096,
@@ -159,7 +172,9 @@ def plan_command(
         task_memory=None if task_memory is None else task_memory << 20,
         fan_in=fan_in,
     )
-    planned = pipeline.estimate(sources or [], settings, engine, address, manifest, cpus, base or ())
+    planned = pipeline.estimate(
+        sources or [], settings, engine, address, manifest, cpus, base or (), manifest_root or ()
+    )
     if as_json:
         print(
             json.dumps(

@@ -9,9 +9,11 @@ import ctypes
 import functools
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ksmdist.engines.base import Machines, Result, Stage, Task
 from ksmdist.errors import EngineError, KsmdistError
+from ksmdist.signals import leave_no_core
 from ksmdist.version import __version__
 
 __all__ = ["HOST_LABEL", "Answer", "RayEngine", "knock", "knocked"]
@@ -40,6 +43,7 @@ _KNOCK_S = 5.0
 _HEAD = "node:__internal_head__"  # a resource that Ray gives the head alone
 _LOOK_S = 2.0  # between looks at a cluster that may have grown
 _OBJECT_STORE_BYTES = 128 << 20  # of a Ray started here: what tasks find goes through files
+_MOST_ABOVE = 28  # letters of the directory that Ray's is made in: a socket has 107, Ray's own names take 64
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
@@ -56,9 +60,16 @@ def _keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)
 
 
+@functools.cache
+def _no_core() -> None:
+    """leave_no_core(), once in a worker: it has the limits of its raylet, which may be anybody's."""
+    leave_no_core()
+
+
 def _work(stage: Stage[Any, Any], task: Any) -> Any:
     """Run one task in a worker, and count it for Ray's metrics."""
     _keep_freed_memory()
+    _no_core()
     began = time.perf_counter()
     result = stage.function(task)
     tags = {"stage": stage.name}
@@ -107,6 +118,8 @@ class RayEngine:
     A task whose worker or node dies is run again: on any node, or where its images are, once that is back.
     A process that has called ray.init() itself stays in that cluster, and leaves it itself: for run after run in one
     process, since Ray 2.60 keeps a thread and sockets each time that a driver leaves (benchmarks/soak.py).
+    Of a Ray started here, logs, sockets and what it spills are in a directory of 0700, gone after close(): Ray's own
+    choice, /tmp/ray, it makes 0777.
     Raises EngineError where Ray cannot be reached or started.
     """
 
@@ -123,6 +136,7 @@ class RayEngine:
             else {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         )
         self._leave = not ray.is_initialized()
+        self._directory = ""
         if not self._leave:
             joined = ray.get_runtime_context().gcs_address
             if address not in (None, "auto", joined):
@@ -131,8 +145,12 @@ class RayEngine:
                 )
             return
         try:
+            if not address:
+                self._directory = _own_directory()
+                local["_temp_dir"] = f"{self._directory}/r"  # one in it: Ray opens its own to all (0777)
             ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
         except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+            self.close()
             raise EngineError(
                 f"Ray cannot be reached or started: {(str(error) or type(error).__name__).splitlines()[0]}",
                 address or "local",
@@ -211,6 +229,15 @@ class RayEngine:
         """Leave the cluster, or stop the one started here: Ray then ends what still runs of this driver's tasks."""
         if self._leave:
             ray.shutdown()
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _own_directory() -> str:
+    """A directory, 0700, for a Ray that is started here: in RAY_TMPDIR or TMPDIR, or in /tmp where that is too long."""
+    above = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    above = os.path.abspath(above)
+    return tempfile.mkdtemp(prefix="ray-", dir=above if len(os.fsencode(above)) <= _MOST_ABOVE else "/tmp")
 
 
 def _answer(question: Callable[[str], Any]) -> Any:

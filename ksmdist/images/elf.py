@@ -24,8 +24,9 @@ from ksmdist.images.base import NEVER_TOUCHED, Format, Image, ImageInfo
 from ksmdist.images.export import NOTE_NAME, note_fields
 from ksmdist.images.extents import extent_image
 from ksmdist.images.files import ImageFile
-from ksmdist.images.headers import KINDS_OF_IMAGES, parsed
+from ksmdist.images.headers import KINDS_OF_IMAGES
 from ksmdist.images.segments import Segments, cut_pages, holes_of, without_file_holes
+from ksmdist.intake import parsed
 
 __all__ = ["ELF"]
 

@@ -168,6 +168,13 @@ class _ExtentPages:
             yield block
 
 
+_NEAR = 64
+"""Pages that are taken from anywhere are mapped with all between them where one in so many is wanted.
+
+Measured, pages in the page cache: 13 us for each that is read alone, 30 ns for each that is only mapped.
+"""
+
+
 class ExtentImage(_ExtentPages):
     """An image whose pages are `extents` of files on this host."""
 
@@ -186,10 +193,21 @@ class ExtentImage(_ExtentPages):
         """See Image.take: together, since a batch for each page would cost more than to read it."""
         most = max(1, BATCH_BYTES // self.info.page_size)
         for at in range(0, len(pages), most):
-            some = runs_of(pages[at : at + most])
-            yield from self._joined([run for span in some for run in self._runs(*span)])
+            some = pages[at : at + most]
+            if len(some) * _NEAR < int(some[-1] - some[0]):
+                yield from self._joined([run for span in runs_of(some) for run in self._runs(*span)])
+                continue
+            first = int(some[0])
+            for block in self._blocks(first, int(some[-1]) + 1, most):
+                end = first + sum(run.pages for run in block)
+                wanted = np.zeros(end - first, bool)
+                wanted[some[slice(*np.searchsorted(some, (first, end)))] - first] = True
+                if wanted.any():
+                    yield from self._joined(block, wanted)
+                first = end
 
-    def _joined(self, runs: list[_Run]) -> Iterator[pa.RecordBatch | Hole]:
+    def _joined(self, runs: list[_Run], wanted: np.ndarray | None = None) -> Iterator[pa.RecordBatch | Hole]:
+        """The pages of runs, or those of them that are wanted, bool[pages]."""
         size = self.info.page_size
         stretches: list[Stretch] = []
         for run in runs:
@@ -202,13 +220,15 @@ class ExtentImage(_ExtentPages):
                 stretches.append(Stretch(self._fds[file], offset, run.pages * size))
         data, readable = join_pages(stretches, size)
         pages = self._pages(runs)
-        if readable.all():
+        if wanted is None and readable.all():
             yield self._batch(pages, content_array(pa.py_buffer(data), len(pages), size), runs)
             return
+        lost = pages[~readable] if wanted is None else pages[wanted & ~readable]
+        readable &= True if wanted is None else wanted
         if readable.any():
             rows = np.frombuffer(data, np.uint8).reshape(-1, size)[readable]
             yield self._batch(pages[readable], content_array(pa.py_buffer(rows), len(rows), size), runs, readable)
-        yield from joined_holes(pages[~readable], size, "unreadable")
+        yield from joined_holes(lost, size, "unreadable")
 
 
 class StoredExtentImage(_ExtentPages):

@@ -22,7 +22,6 @@ __all__ = [
     "Resumable",
     "changed",
     "is_changed",
-    "open_beside",
     "open_file",
     "path_beside",
 ]
@@ -157,11 +156,6 @@ def path_beside(path: str, name: str) -> str:
         return os.path.join(os.path.dirname(local), name)
     uri = parse_uri(path)
     return str(replace(uri, path=posixpath.join(posixpath.dirname(uri.path), name)))
-
-
-def open_beside(file: ImageFile, name: str) -> LocalFile | StoredFile:
-    """Open `name`, a relative path, in the folder of `file`. Raises ImageReadError."""
-    return open_file(path_beside(file.path, name))
 
 
 def open_file(path: str) -> LocalFile | StoredFile:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pyarrow as pa
 
 from ksmdist.errors import ImageError, SettingsError
 from ksmdist.images.base import ImageInfo
 from ksmdist.images.files import ImageFile
+from ksmdist.intake import parsed
 from ksmdist.tables import MEMORY_IMAGE, PASSED_OVER
 
-__all__ = ["HINT", "KINDS_OF_IMAGES", "image_info", "parsed"]
+__all__ = ["HINT", "KINDS_OF_IMAGES", "image_info"]
 
 HINT = "`ksmdist schema memory_image` describes the format; write the image again"
 
 KINDS_OF_IMAGES = ("guest", "process", "container", "kernel")
 """What an image can be the memory of."""
-
-
-def parsed(text: str | bytes) -> Any:
-    """JSON from a file that anyone may have written; raises ValueError, for what cannot be written again too: halves
-    of surrogate pairs, numbers that are none, lists in lists without end."""
-    try:
-        found = json.loads(text)
-        json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("lists in lists") from None
-    return found
 
 
 def image_info(schema: pa.Schema, file: ImageFile, page_size: int, rows: int) -> ImageInfo:

@@ -35,6 +35,7 @@ from ksmdist.images.kdump_header import (
     read_header,
 )
 from ksmdist.images.kdump_pages import REASONS, KdumpPiece
+from ksmdist.images.roots import is_inside
 from ksmdist.images.uris import local_path
 
 __all__ = ["KDUMP", "KdumpImage"]
@@ -280,9 +281,7 @@ def _whole(file: ImageFile, header: KdumpHeader) -> list[tuple[ImageFile, KdumpH
     local = local_path(file.path) is not None
     if local:  # links out of the folder are not followed: pages of a piece behind one are missing
         own = os.path.realpath(folder or ".")
-        entries = [
-            entry for entry in entries if entry.name == name or is_inside(os.path.realpath(entry.path), own)
-        ]
+        entries = [entry for entry in entries if entry.name == name or is_inside(os.path.realpath(entry.path), own)]
     found: list[tuple[ImageFile, KdumpHeader]] = []
     with ExitStack() as opened:
         for entry in sorted(

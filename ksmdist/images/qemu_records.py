@@ -66,7 +66,8 @@ class PageRecords:
                     break
                 name = bytes(data[p + 9 : body])
                 if name not in self._blocks:
-                    raise self._broken(f"a page of a block that it does not list, {name!r}", shift + p)
+                    # What it calls a name may be of a page, where records before it are damaged: not shown.
+                    raise self._broken("a page of a block that it does not list", shift + p)
                 self._block = self._blocks[name]
                 key, nbytes = self._block.key, self._block.nbytes
             elif flags not in (PAGE | CONTINUE, ZERO | CONTINUE):

@@ -10,6 +10,7 @@ read: sections of live devices before the RAM's end, records that refer to earli
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -143,7 +144,7 @@ class _Reader:
             _, version = stream.number(4), stream.number(4)
             if kind == _FULL or name != b"ram":
                 raise self._only_qemu(
-                    f"state of {_shown(name)!r} before the end of its RAM, at byte {at}, whose length only QEMU knows",
+                    f"state of {_device(name)} before the end of its RAM, at byte {at}, whose length only QEMU knows",
                     "migrate without that device, or its capability; or dump the guest as ELF instead",
                 )
             if version != _RAM_VERSION or self._section is not None:
@@ -268,6 +269,12 @@ class _Reader:
             raise self._broken(f"has a block {_shown(name)!r} whose bitmap or pages lie over something else")
         stream.at = pages + nbytes
         return MappedBlock(bitmap, pages)
+
+
+def _device(name: bytes) -> str:
+    """A device's name between pages, for a message: where records are damaged it may be of a page, and is not shown."""
+    plain = re.fullmatch(rb"[\w./:@,-]{1,64}", name)
+    return repr(_shown(name)) if plain else f"a device with a name of {len(name)} bytes"
 
 
 def _shown(name: bytes) -> str:

@@ -64,24 +64,30 @@ def check(path: str, node: str, roots: Sequence[Uri]) -> None:
         return
     pattern = has_wildcard(local) and not os.path.lexists(local)
     named = _fixed(local) if pattern else local
-    # Of a link into a root its folder is asked as well: files beside an image are opened there.
-    for real in (os.path.realpath(named), os.path.realpath(os.path.dirname(named) or ".")):
-        if real is not None and not any(_has(one, real, node) for one in roots):
-            is_folder = pattern or path.endswith("/") or real != os.path.realpath(named)
-            folder = real if is_folder else os.path.dirname(real)
-            given = str(Uri("node", node, named.lstrip("/"))) if node else named
-            leads = "" if real == os.path.abspath(named) or is_folder else f", a link to {real},"
-            wanted = f"{OPTION} {shlex.quote(folder)}"
-            if node:
-                there = str(Uri("node", node, folder.lstrip("/") or "."))
-                wanted = f"{OPTION} {shlex.quote(there)}, or for every node {wanted}"
-            raise _outside(given, leads, roots, wanted)
+    is_folder = pattern or named.endswith("/") or os.path.isdir(named)
+    real = os.path.realpath(named)
+    folder = real if is_folder else os.path.dirname(real)
+    asked = [(real, folder)]
+    if not is_folder:  # of a link into a root its folder is asked as well: files beside an image are opened there
+        beside = os.path.realpath(os.path.dirname(named) or ".")
+        asked.append((beside, beside))
+    for real, folder in asked:
+        if any(_has(one, real, node) for one in roots):
+            continue
+        whole = os.path.abspath(named)
+        leads = "" if real in (whole, os.path.dirname(whole)) else f", leads to {real}"
+        given = str(Uri("node", node, local.lstrip("/"))) if node else path
+        wanted = f"{OPTION} {shlex.quote(folder)}"
+        if node:
+            there = str(Uri("node", node, folder.lstrip("/") or "."))
+            wanted = f"{OPTION} {shlex.quote(there)}, or for every node {wanted}"
+        raise _outside(given, leads, roots, wanted)
 
 
 def _check_stored(text: str, roots: Sequence[Uri]) -> None:
     uri = parse_uri(text)
-    if ".." in uri.path.split("/"):
-        raise SettingsError("has .. in it, in a manifest", text, "write it without")
+    if uri.path.startswith("/") or {".", ".."} & set(uri.path.split("/")):  # to some stores they are names
+        raise SettingsError("has //, /./ or /../ in it, in a manifest", text, "write it without")
     plain = _plain(_fixed(uri.path) if has_wildcard(uri.path) else uri.path)
     for one in roots:
         # The query says which server is asked, with our credentials.
@@ -95,16 +101,22 @@ def _check_stored(text: str, roots: Sequence[Uri]) -> None:
 def _outside(given: str, leads: str, roots: Sequence[Uri], wanted: str) -> SettingsError:
     shown = [f"/{one.path}" if one.scheme == "file" else str(one) for one in roots[:5]]
     return SettingsError(
-        f"is named by a manifest and{leads} is outside of what it may name: {', '.join(shown)}",
-        given,
-        f"if it is to be read, add {wanted}",
+        f"is named by a manifest{_line(leads)} and is outside of what it may name: {', '.join(shown)}",
+        _line(given),
+        f"if it is to be read, add {_line(wanted)}",
     )
+
+
+def _line(text: str) -> str:
+    """A text with names of files in it, which a stranger may have chosen, as one that is printed as it is."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _has(one: Uri, real: str, node: str) -> bool:
     """Whether a root has a path of this host, of which `node` is the name that the manifest gives, if any."""
-    here = one.authority in (_ALL_NODES, node) if one.scheme == "file" else (one.scheme, one.authority) == ("node", node)
-    return here and is_inside(real, os.path.realpath(f"/{one.path}"))
+    names = (node, _ALL_NODES) if one.scheme == "file" else (node,)
+    is_here = one.scheme in ("file", "node") and one.authority in names
+    return is_here and is_inside(real, os.path.realpath(f"/{one.path}"))
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -137,14 +149,14 @@ def check_beside(path: str, file: str) -> None:
     above = os.path.dirname(own)
     if folder != own and not (is_inside(folder, above) and folder != above):
         raise ImageReadError(
-            f"is in {folder}, which an image may not lead to: it is not beside {own}",
+            f"is in {_line(folder)}, which an image may not lead to: it is not beside {_line(own)}",
             path,
             "copy it beside the image's folder, if the image is yours",
         )
     real = os.path.realpath(path)
     if not is_inside(real, folder):
         raise ImageReadError(
-            f"is a link to {real}, out of the folder of the image that names it",
+            f"is a link to {_line(real)}, out of the folder of the image that names it",
             path,
             "put the file itself there, if the image is yours",
         )
