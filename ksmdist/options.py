@@ -67,8 +67,8 @@ ManifestRoot = Annotated[
     typer.Option(
         "--manifest-root",
         metavar="DIR",
-        help="Where a manifest's images may lie besides its own folder: a folder, node://NAME/dir, s3://bucket/prefix, "
-        "or / for anywhere. Again for more.",
+        help="Where a manifest's images, or those of --previous, may lie besides its own folder: a folder, "
+        "node://NAME/dir, s3://bucket/prefix, or / for anywhere. Again for more.",
     ),
 ]
 TaskMemory = Annotated[

@@ -61,7 +61,8 @@ def run(
     """Scan memory images, merge what they share, count it as KSM would, and write the run directory.
 
     paths: of images, or URIs, globs and directories (fleet.py); manifest: a file that names more, in its own folder
-    or in one of manifest_roots: folders, node://NAME/dir, URIs of stores, or / for anywhere.
+    or in one of manifest_roots: folders, node://NAME/dir, URIs of stores, or / for anywhere. So are images that
+    `previous` kept no checksums of, which are read again.
     Images of a node that is not in the cluster are holes; with strict, an EngineError.
     base: files that the images of `paths` are laid over, the lowest first: a hole in them is unchanged memory.
     previous: an earlier run of these images, by image id: pages that changed since are volatile. So are those that
@@ -78,7 +79,8 @@ def run(
     key = key or keys.load()
     checkpoint.check_free(_absolute(out))
     before = None if previous is None else Path(os.path.abspath(previous))
-    more = [] if before is None else earlier_run.sources(before, settings.page_size)
+    roots = [os.fspath(root) for root in manifest_roots]
+    more = [] if before is None else earlier_run.sources(before, settings.page_size, roots)
     with roster.opened(
         paths, manifest, settings, engine, address, progress, clock, strict, more, base, manifest_roots
     ) as looked:

@@ -13,6 +13,7 @@ from ksmdist import checksums, intake, store
 from ksmdist.checksums import Stretch
 from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.fleet import Source
+from ksmdist.images import roots
 from ksmdist.passes import Compared, Pass
 from ksmdist.plan import Task
 from ksmdist.scanned import Opened
@@ -93,9 +94,11 @@ class History:
                 self._earlier[image] = (count + 1, tuple(stretches.get(image, ())))
 
 
-def sources(path: Path, page_size: int) -> list[Source]:
+def sources(path: Path, page_size: int, more_roots: Sequence[str] = ()) -> list[Source]:
     """The images of an earlier run that kept no checksums, to be read again; none where it did.
 
+    A run may come from a stranger: its images must lie where the run does, or in one of more_roots, as those of a
+    manifest must (fleet.read_manifest).
     Raises RunDirectoryError where it is no run, SettingsError where it has another page size.
     """
     manifest = store.read_manifest(path)
@@ -104,6 +107,7 @@ def sources(path: Path, page_size: int) -> list[Source]:
         raise SettingsError(f"has pages of {other} bytes, these images of {page_size}", str(path), "give another run")
     if manifest["settings"]["checksums"]:
         return []
+    allowed = (roots.root_of(str(path)), *map(roots.root, more_roots))
     return [
         Source(
             uri=image["path"],
@@ -113,6 +117,7 @@ def sources(path: Path, page_size: int) -> list[Source]:
             tenant=image["tenant"],
             kind=image["kind"],
             base=tuple(image["base"]),
+            roots=allowed,
         )
         for image in manifest["images"]
         if image["reached"]

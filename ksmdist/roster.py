@@ -46,8 +46,9 @@ def opened(
     """
     sources = [replace(fleet.parse(os.fspath(path)), base=tuple(os.fspath(lower) for lower in base)) for path in paths]
     more_roots = tuple(os.fspath(root) for root in manifest_roots)
-    if more_roots and manifest is None:
-        raise SettingsError("goes with a manifest alone", roots.OPTION, "give --manifest too, or leave it out")
+    if more_roots and manifest is None and not more:
+        what = "goes with a manifest alone, or an earlier run without checksums"
+        raise SettingsError(what, roots.OPTION, "give --manifest too, or leave it out")
     if manifest is not None:
         sources += fleet.read_manifest(manifest, more_roots)
     sources = list(map(fleet.absolute, sources))

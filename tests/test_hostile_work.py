@@ -241,7 +241,7 @@ def test_checksums_that_are_forged(tmp_path: Path) -> None:
 SUMMARIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "no images": lambda said: said.pop("images"),
     "images of others": lambda said: said.update(images={"99": said["images"]["0"]}),
-    "another class": lambda said: said["images"]["0"].update(classes=[1]),
+    "other classes": lambda said: said["images"]["0"].update(classes=[1, 2]),
     "texts": lambda said: said["images"]["0"].update(kinds=["a", "b", "c"]),
     "a region that is none": lambda said: said["images"]["0"].update(regions=[[1 << 40, 0, 1]]),
     "holes that are none": lambda said: said.update(holes=[[0, {"x": 1}]]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -342,3 +343,34 @@ def test_what_the_user_names_has_no_roots(tmp_path: Path) -> None:
     assert expand(Source(str(tmp_path / "vm.raw"))).sources[0].roots == ()
     path = manifest(tmp_path, "uri: vm.raw")
     assert [str(one) for one in read_manifest(path)[0].roots] == [f"file://{tmp_path}"]
+
+
+def test_an_earlier_run_names_images_where_it_is(tmp_path: Path) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder, number in ((here, 1), (elsewhere, 2)):
+        folder.mkdir()
+        (folder / "vm.raw").write_bytes(page(number) * 2)
+    before = ksmdist.run([here / "vm.raw"], here / "before", engine="inline").path
+    said = json.loads((before / "run.json").read_text())
+    for path in (str(elsewhere / "vm.raw"), f"{here}/../elsewhere/vm.raw", "s3://bucket/vm.raw?endpoint_override=x:80"):
+        said["images"][0]["path"] = path
+        (before / "run.json").write_text(json.dumps(said))
+        with pytest.raises(SettingsError, match=r"an earlier run.* is outside of what it may name") as caught:
+            ksmdist.run([here / "vm.raw"], tmp_path / "run", engine="inline", previous=before)
+        assert "add --manifest-root " in caught.value.hint
+    # An earlier run in another folder than its images: the message says what to type.
+    other = ksmdist.run([elsewhere / "vm.raw"], tmp_path / "here" / "other", engine="inline").path
+    arguments: list[str | Path] = [
+        "run",
+        elsewhere / "vm.raw",
+        "-o",
+        tmp_path / "run",
+        "--engine",
+        "inline",
+        "--previous",
+        other,
+    ]
+    with pytest.raises(SettingsError, match="outside of what") as caught:
+        invoke(*arguments)
+    assert caught.value.hint.endswith(f"add --manifest-root {elsewhere}")
+    assert printed(*arguments, "--manifest-root", elsewhere)

@@ -236,7 +236,7 @@ def broken(batch, *_, **__):
 digests.digest_pages = broken
 cli.main()
 """
-    arguments = ["run", paths[0], "-o", tmp_path / "run", "--engine", "inline"]
+    arguments = ["run", str(paths[0]), "-o", str(tmp_path / "run"), "--engine", "inline"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, timeout=120)
     assert done.returncode == 1
     assert b"Traceback" in done.stderr
