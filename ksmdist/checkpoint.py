@@ -47,6 +47,7 @@ __all__ = [
     "compact",
     "content_file",
     "drop_content",
+    "drop_related",
     "is_complete",
     "read_batch",
     "read_mark",
@@ -79,6 +80,13 @@ def content_file(directory: Path, level: int, number: int) -> Path:
 def related_file(directory: Path, name: str, number: int) -> Path:
     """Where merge `number` leaves table `name`, image_set or huge_frame, and relate its part of sharing."""
     return directory / "work" / f"{name}-{number:05d}.arrow"
+
+
+def drop_related(directory: Path, *names: str) -> None:
+    """Remove the files of these tables, which nothing reads any more."""
+    for name in names:
+        for path in (directory / "work").glob(f"{name}-*.arrow"):
+            path.unlink(missing_ok=True)
 
 
 def write_batches(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], compression: str | None = None) -> Written:

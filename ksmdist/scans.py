@@ -24,6 +24,7 @@ from ksmdist.images import Hole, ImageInfo
 from ksmdist.plan import Plan
 from ksmdist.scanned import Scanned
 from ksmdist.settings import Settings
+from ksmdist.tables import CANDIDATE, WITNESS
 from ksmdist.timings import Clock, Progress
 
 __all__ = ["Scans", "Written", "combine_all", "describe", "scan_all"]
@@ -102,6 +103,7 @@ def scan_all(
                 continue
             state = _State(state.collided, found)
             state.write(directory)
+            checkpoint.drop_related(directory, CANDIDATE.name, WITNESS.name)
         assert state.confirmed is not None
         done.confirmed = replace(state.confirmed, collided=_rows(state.collided))
         return done

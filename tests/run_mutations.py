@@ -142,7 +142,8 @@ QUERIES = ("select * from images", "select kind, sum(copies) from stable_tree gr
 
 def commands(run: Path, other: Path, page_at: Path | None) -> list[list[str]]:
     """Commands that read a run, all that there are; other: a run that is whole; page_at: for the page, if any."""
-    name, whole_run = str(run), str(other)
+    name, whole_run, published = str(run), str(other), run.parent / "published"
+    shutil.rmtree(published, ignore_errors=True)
     return [
         ["report", name],
         ["report", name, "--json"],
@@ -154,5 +155,6 @@ def commands(run: Path, other: Path, page_at: Path | None) -> list[list[str]]:
         ["unmerge", name, "--json"],
         ["diff", name, whole_run],
         ["diff", whole_run, name, "--json"],
+        ["publish", name, "-o", str(published)],
         *(["query", name, sql, "--json"] for sql in QUERIES),
     ]

@@ -50,9 +50,9 @@ def before(scan):
     if scan.task.number == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 read = stages.read_shards
-def dying(names, settings, scan):
+def dying(names, settings, digester, scan):
     before(scan)
-    return read(names, settings, scan)
+    return read(names, settings, digester, scan)
 stages.read_shards = dying
 pipeline.run(sys.argv[2:], sys.argv[1], Settings(shard_pages=4, ranges=4), "inline")
 """
@@ -192,11 +192,11 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, unharmed: dict[str, bytes]) -
     made = faults.images(tmp_path)
     code = """
 read = stages.read_shards
-def slow(names, settings, scan):
+def slow(names, settings, digester, scan):
     if scan.task.number == 5:
         Path(sys.argv[0] + "ready").touch()
         time.sleep(60)
-    return read(names, settings, scan)
+    return read(names, settings, digester, scan)
 stages.read_shards = slow
 out, ready, *images = sys.argv[1:]
 sys.argv = [ready, "run", *images, "-o", out, "--shard-pages", "4", "--ranges", "4", "--engine", "inline"]

@@ -101,7 +101,8 @@ def _check_stored(text: str, roots: Sequence[Uri]) -> None:
 def _outside(given: str, leads: str, roots: Sequence[Uri], wanted: str) -> SettingsError:
     shown = [f"/{one.path}" if one.scheme == "file" else str(one) for one in roots[:5]]
     return SettingsError(
-        f"is named by a manifest or an earlier run{_line(leads)} and is outside of what it may name: {', '.join(shown)}",
+        f"is named by a manifest or an earlier run{_line(leads)} and is outside of what it may name: "
+        + ", ".join(shown),
         _line(given),
         f"if it is to be read, add {_line(wanted)}",
     )
