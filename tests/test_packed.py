@@ -306,3 +306,12 @@ def test_what_a_checksum_denies_is_not_counted(tmp_path: Path, monkeypatch: pyte
     path.write_bytes(whole)
     found = exercise(path)
     assert isinstance(found, ImageError) or None in found.values()
+
+
+@pytest.mark.parametrize("claim", [1 << 44, 1 << 62])
+def test_a_few_bytes_do_not_claim_terabytes(tmp_path: Path, claim: int) -> None:
+    """A zstd frame, cut off, whose header claims more than any file of its size can hold."""
+    path = tmp_path / "vm.raw.zst"
+    path.write_bytes((0xFD2FB528).to_bytes(4, "little") + b"\xe0" + claim.to_bytes(8, "little") + b"\1\2\3")
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        images.open_image(str(path), PAGE)

@@ -104,6 +104,14 @@ class _Rows(ABC):
     def _check(self, batch: pa.RecordBatch, row: int, before: int) -> int:
         """Check addresses and content lengths; returns the last address. Raises ImageError."""
         size = self.info.page_size
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            if name != "content":  # whose bytes are pages: what bounds them is checked below
+                try:
+                    column.validate(full=True)
+                except pa.ArrowException as error:
+                    raise ImageError(
+                        f"column {name} near row {row} is damaged: {str(error).splitlines()[0]}", self._path, HINT
+                    ) from None
         for name in ("address", "flags", "numa_node"):
             if batch.column(name).null_count:
                 raise ImageError(f"has nulls in column {name}, near row {row}", self._path, HINT)

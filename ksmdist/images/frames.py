@@ -22,11 +22,15 @@ _ZSTD = 0xFD2FB528
 _LZ4 = 0x184D2204
 _CUT_OFF = -1
 _ZSTD_BLOCK = 128 << 10  # most bytes a block holds
+_MOST_RATIO = 1 << 16  # bytes held for one of the file: a zstd block holds 128 KiB in 4 bytes, others less
 _MOST_INDEX = 1 << 24  # bytes of an xz file's index: two million blocks
 
 
 def zstd_frames(file: ImageFile) -> tuple[int, Starts]:
-    """The sum of what a zstd file's frames say they hold, and their starts; (0, []) where one does not say."""
+    """The sum of what a zstd file's frames say they hold, and their starts; (0, []) where one does not say.
+
+    Nor where it is more than the file can hold: where it is cut off, its blocks do not say how many there were.
+    """
     return _frames(file, _zstd_frame)
 
 
@@ -52,7 +56,7 @@ def _frames(file: ImageFile, frame: Callable[[ImageFile, int, bytes], tuple[int,
         if end == _CUT_OFF:
             break
         at = end
-    return total, starts
+    return (total, starts) if total <= file.nbytes * _MOST_RATIO else (0, [])
 
 
 def _zstd_frame(file: ImageFile, at: int, head: bytes) -> tuple[int, int] | None:
@@ -117,7 +121,7 @@ def xz_size(file: ImageFile) -> int:
         packed, unpacked = numbers[0::2], numbers[1::2]
         total += sum(unpacked)
         end -= 24 + index_bytes + sum(-(-nbytes // 4) * 4 for nbytes in packed)
-    return total if end == 0 else 0
+    return total if end == 0 and total <= file.nbytes * _MOST_RATIO else 0
 
 
 def _xz_numbers(index: bytes) -> list[int]:
