@@ -15,6 +15,7 @@ from ksmdist.errors import ImageError, SettingsError
 from ksmdist.images.arrow import ARROW
 from ksmdist.images.avml import AVML
 from ksmdist.images.base import Format, Hole, Image, ImageInfo
+from ksmdist.images.claims import check_claim
 from ksmdist.images.criu import CRIU
 from ksmdist.images.elf import ELF
 from ksmdist.images.files import ImageFile, changed, is_changed, open_file
@@ -101,6 +102,11 @@ def open_image(
                     "name its folder, or the pagemap file; --format raw counts them as a guest's",
                 )
             image = found.open(file, page_size)
+        opened.callback(image.close)
+        info = image.info
+        if not info.base:  # pages of layers are data of their files, whatever these are
+            parts = [path for path, _ in info.parts]
+            check_claim(info.pages * info.page_size, info.path, info.nbytes, parts)
         opened.pop_all()
         return image
 

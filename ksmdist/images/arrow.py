@@ -11,7 +11,7 @@ import functools
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Event, Lock
 
@@ -31,6 +31,7 @@ from ksmdist.tables import MEMORY_IMAGE, PAGE_FLAGS
 __all__ = ["ARROW"]
 
 _FEW_BYTES = 64 << 10  # the schema and the footer of most files are within the first and the last of this
+_MOST_REGIONS = 1 << 22  # a process has 65530 mappings, unless vm.max_map_count is raised
 _SMALL_READS = 32  # in flight, of about 1 KiB each: a batch's metadata is far from the next one's
 
 
@@ -166,18 +167,23 @@ class ArrowImage(_Rows):
         try:
             self._reader = pa.ipc.open_file(self._file)
             schema = self._reader.schema
-            rows = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
             _ = schema.names
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            self.info = image_info(schema, file, page_size, 0)  # before columns are taken for what they should be
+            rows = _rows(file)
+            if len(rows) != self._reader.num_record_batches:
+                raise ValueError("a footer that is read in two ways")
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise ImageError(f"truncated or damaged Arrow file: {str(error).splitlines()[0]}", path, HINT) from None
         self._starts = np.concatenate(([0], np.cumsum(rows, dtype=np.int64)))
-        self.info = image_info(schema, file, page_size, int(self._starts[-1]))
+        self.info = replace(self.info, pages=int(self._starts[-1]))
         if rows:  # a file's last dictionary holds the names of all its batches
+            dictionary = self._batch(0).column("region").dictionary
+            _check_names(dictionary, path)
             try:
-                names = self._batch(0).column("region").dictionary.to_pylist()
-            except UnicodeDecodeError:
-                raise ImageError("has names of regions that are no UTF-8", path, HINT) from None
-            self.info = replace(self.info, regions=tuple(name or "" for name in names))
+                dictionary.validate(full=True)  # each name is within its buffer, and UTF-8
+            except pa.ArrowException:
+                raise ImageError("has names of regions that are damaged, or no UTF-8", path, HINT) from None
+            self.info = replace(self.info, regions=tuple(name or "" for name in dictionary.to_pylist()))
 
     def close(self) -> None:
         """Let the file go."""
@@ -210,6 +216,8 @@ class ArrowImage(_Rows):
         try:
             batch = self._reader.get_batch(index)
             batch.validate()
+            if len(batch) != self._starts[index + 1] - self._starts[index]:
+                raise pa.ArrowInvalid("another number of rows than it says")
             if any(buffer.size % 4 for buffer in batch.column("content").buffers()[1:2]):
                 raise pa.ArrowInvalid("offsets of another width")
         except (pa.ArrowException, OSError) as error:
@@ -291,11 +299,12 @@ class StoredArrowImage(_Rows):
             self.info = image_info(schema, file, page_size, 0)  # before columns are taken for what they should be
             self._batches = self._row_batches(blocks, sum(map(_buffers, MEMORY_IMAGE.schema.types)))
             self._regions = self._dictionary(dictionaries)
-        except (ValueError, pa.ArrowException) as error:
+        except (ValueError, OSError, pa.ArrowException) as error:
             raise ImageError(
                 f"truncated or damaged Arrow file: {str(error).splitlines()[0]}", self._path, HINT
             ) from None
         self._starts = np.concatenate(([0], np.cumsum([batch.rows for batch in self._batches], dtype=np.int64)))
+        _check_names(self._regions, self._path)
         names = tuple(name or "" for name in self._regions.to_pylist()) if self._batches else ()
         self.info = replace(self.info, pages=int(self._starts[-1]), regions=names)
 
@@ -358,7 +367,7 @@ class StoredArrowImage(_Rows):
                 head, batch, within = part.head
             most = (end - start) * self.info.page_size
             return ipc.with_bytes(batch, self._schema, head, start, end, most, within or read)
-        except (ValueError, pa.ArrowException) as error:
+        except (ValueError, OSError, pa.ArrowException) as error:
             raise ImageError(
                 f"record batch {part.index} is damaged: {str(error).splitlines()[0]}", self._path, HINT
             ) from None
@@ -382,7 +391,7 @@ class StoredArrowImage(_Rows):
             if batch.codec:
                 batch, read = ipc.unpacked(batch, read)
             part = ipc.part_of(batch, self._schema, self._regions, 0, batch.rows, read)
-        except (ValueError, pa.ArrowException) as error:
+        except (ValueError, OSError, pa.ArrowException) as error:
             raise ImageError(
                 f"record batch {number} is damaged: {str(error).splitlines()[0]}", self._path, HINT
             ) from None
@@ -439,6 +448,34 @@ class StoredArrowImage(_Rows):
                 batch, read = ipc.unpacked(batch, read)
             found.append(ipc.dictionary_of(batch, read))
         return pa.concat_arrays(found)
+
+
+def _check_names(dictionary: pa.Array, path: str) -> None:
+    """Raises ImageError for more names of regions than any memory has: each is an object of this process."""
+    if len(dictionary) > _MOST_REGIONS:
+        raise ImageError(f"has {len(dictionary)} names of regions, more than {_MOST_REGIONS}", path, HINT)
+
+
+def _rows(file: LocalFile) -> list[int]:
+    """Rows of each record batch, by the metadata alone. Raises ValueError where buffers reach past their messages, or
+    compressed ones unpack to more than can be: pyarrow would unpack them whole."""
+
+    def read(spans: Sequence[tuple[int, int]]) -> list[pa.Buffer]:
+        return [pa.py_buffer(file.read(at, nbytes)) for at, nbytes in spans]
+
+    tail = file.read(max(0, file.nbytes - _FEW_BYTES), _FEW_BYTES)
+    dictionaries, batches = ipc.blocks_of(file.read(*ipc.footer_span(tail, file.nbytes)), file.nbytes)
+    rows: list[int] = []
+    for blocks, buffers in ((dictionaries, 3), (batches, sum(map(_buffers, MEMORY_IMAGE.schema.types)))):
+        rows.clear()
+        for at, metadata, body in zip(
+            blocks.offset.tolist(), blocks.metadata.tolist(), blocks.body.tolist(), strict=True
+        ):
+            batch = ipc.rows_of(file.read(at, metadata), at + metadata, body, buffers)
+            if batch.codec:
+                ipc.check_unpacked(batch, read)
+            rows.append(batch.rows)
+    return rows
 
 
 def _buffers(kind: pa.DataType) -> int:

@@ -16,32 +16,36 @@ SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 """Magic numbers of frames that hold nothing to unpack, of zstd and LZ4 alike."""
 
 Starts = list[tuple[int, int]]
-"""(byte of what is held, byte in the file) of each frame."""
+"""(byte of what is held, byte in the file) of frames, ascending; the first is (0, 0)."""
 
 _ZSTD = 0xFD2FB528
 _LZ4 = 0x184D2204
 _CUT_OFF = -1
 _ZSTD_BLOCK = 128 << 10  # most bytes a block holds
 _MOST_RATIO = 1 << 16  # bytes held for one of the file: a zstd block holds 128 KiB in 4 bytes, others less
+_MOST_PADDING = 1 << 20  # bytes of zeros behind streams of xz, in all
 _MOST_INDEX = 1 << 24  # bytes of an xz file's index: two million blocks
 
 
-def zstd_frames(file: ImageFile) -> tuple[int, Starts]:
-    """The sum of what a zstd file's frames say they hold, and their starts; (0, []) where one does not say.
+def zstd_frames(file: ImageFile, apart: int) -> tuple[int, Starts]:
+    """The sum of what a zstd file's frames say they hold, and starts of theirs; (0, []) where one does not say.
 
-    Nor where it is more than the file can hold: where it is cut off, its blocks do not say how many there were.
+    apart: bytes between starts at least, so that they are few. (0, []) also where they say more than the file can
+    hold: where it is cut off, its blocks do not say how many there were.
     """
-    return _frames(file, _zstd_frame)
+    return _frames(file, _zstd_frame, apart)
 
 
-def lz4_frames(file: ImageFile) -> tuple[int, Starts]:
+def lz4_frames(file: ImageFile, apart: int) -> tuple[int, Starts]:
     """The same of an LZ4 file."""
-    return _frames(file, _lz4_frame)
+    return _frames(file, _lz4_frame, apart)
 
 
-def _frames(file: ImageFile, frame: Callable[[ImageFile, int, bytes], tuple[int, int] | None]) -> tuple[int, Starts]:
+def _frames(
+    file: ImageFile, frame: Callable[[ImageFile, int, bytes], tuple[int, int] | None], apart: int
+) -> tuple[int, Starts]:
     at, total = 0, 0
-    starts: Starts = []
+    starts: Starts = [(0, 0)]
     while at < file.nbytes:
         head = file.read(at, 18)
         if int.from_bytes(head[:4], "little") in SKIPPABLE and len(head) >= 8:
@@ -51,7 +55,8 @@ def _frames(file: ImageFile, frame: Callable[[ImageFile, int, bytes], tuple[int,
         if found is None:
             return 0, []
         size, end = found
-        starts.append((total, at))
+        if total >= starts[-1][0] + apart:
+            starts.append((total, at))
         total += size
         if end == _CUT_OFF:
             break
@@ -106,11 +111,13 @@ def _lz4_frame(file: ImageFile, at: int, head: bytes) -> tuple[int, int] | None:
 
 def xz_size(file: ImageFile) -> int:
     """Bytes in an xz file by the indexes at the ends of its streams; 0 where they are not what they should be."""
-    end, total = file.nbytes, 0
+    end, total, padding = file.nbytes, 0, 0
     while end >= 32:
         footer = file.read(end - 12, 12)
         if footer == bytes(12) or footer.endswith(bytes(4)):  # padding, in fours
-            end -= 4
+            end, padding = end - 4, padding + 4
+            if padding > _MOST_PADDING:
+                return 0
             continue
         if footer[10:] != b"YZ":
             return 0

@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 __all__ = [
+    "MOST_UNPACKED",
     "Blocks",
     "Part",
     "Read",
     "RowBatch",
     "blocks_of",
+    "check_unpacked",
     "dictionary_of",
     "footer_span",
     "is_big_endian",
@@ -32,7 +34,12 @@ __all__ = [
 Read = Callable[[Sequence[tuple[int, int]]], list[pa.Buffer]]
 """Reads (file offset, nbytes) each."""
 
+MOST_UNPACKED = (1 << 31) + (1 << 28)
+"""Most bytes of a compressed record batch once unpacked: 2 GiB in its binary column, which has offsets of 32 bits."""
+
 MAGIC = b"ARROW1"
+_MOST_FOOTER = 1 << 28  # ten million batches
+_MOST_METADATA = 1 << 20  # of a message: a record batch of this table has less than 1 KiB
 _SCHEMA, _DICTIONARY, _RECORD_BATCH = 1, 2, 3
 _CODECS = {0: "lz4", 1: "zstd"}
 _BLOCK = np.dtype({"names": ["offset", "metadata", "body"], "formats": ["<i8", "<i4", "<i8"], "offsets": [0, 8, 16]})
@@ -106,7 +113,7 @@ def footer_span(tail: bytes, nbytes: int) -> tuple[int, int]:
     if len(tail) < 10 or tail[-6:] != MAGIC:
         raise ValueError("no Arrow footer at its end")
     length = struct.unpack("<i", tail[-10:-6])[0]
-    if not 0 < length <= nbytes - 18:
+    if not 0 < length <= min(nbytes - 18, _MOST_FOOTER):
         raise ValueError(f"a footer of {length} bytes")
     return nbytes - 10 - length, length
 
@@ -122,6 +129,10 @@ def blocks_of(footer: bytes, nbytes: int) -> tuple[Blocks, Blocks]:
         inside &= (blocks.offset <= nbytes) & (blocks.body <= nbytes)
         if not (inside & (blocks.offset + blocks.metadata + blocks.body <= nbytes)).all():
             raise ValueError("a message past the end of the file")
+        if (blocks.metadata > _MOST_METADATA).any():
+            raise ValueError("a message of more metadata than any needs")
+        if float((blocks.metadata + blocks.body).sum(dtype=np.float64)) > nbytes:  # one that is listed over and over
+            raise ValueError("messages of more bytes than the file")
         found.append(blocks)
     return found[0], found[1]
 
@@ -173,14 +184,28 @@ def rows_of(metadata: bytes, body_at: int, body: int, buffers: int) -> RowBatch:
     return RowBatch(rows, nodes["f1"].astype(np.int64), offset + body_at, length, codec)
 
 
+def check_unpacked(batch: RowBatch, read: Read) -> None:
+    """Raises ValueError where the buffers of a compressed batch say that they unpack to more than MOST_UNPACKED.
+
+    Each begins with the bytes it unpacks to, or -1 for one that is not packed (format/Message.fbs, BodyCompression).
+    """
+    long = batch.length >= 8
+    packed = read([(at, 8) for at in batch.offset[long].tolist()])
+    _check_sizes([struct.unpack("<q", data)[0] for data in packed])
+
+
+def _check_sizes(sizes: Sequence[int]) -> None:
+    if min(sizes, default=0) < -1 or sum(sizes) > MOST_UNPACKED:
+        raise ValueError("compressed buffers of no size that can be")
+
+
 def unpacked(batch: RowBatch, read: Read) -> tuple[RowBatch, Read]:
     """A compressed batch read whole: the same, not compressed, and what reads from it in memory."""
     found = read(list(zip(batch.offset.tolist(), batch.length.tolist(), strict=True)))
     parts: list[pa.Buffer] = []
-    for data in found:
-        size = struct.unpack("<q", data[:8])[0] if data.size >= 8 else 0
-        if not -1 <= size < 1 << 31:
-            raise ValueError("a compressed buffer of no size that can be")
+    sizes = [struct.unpack("<q", data[:8])[0] if data.size >= 8 else 0 for data in found]
+    _check_sizes(sizes)
+    for data, size in zip(found, sizes, strict=True):
         body = data.slice(8) if data.size >= 8 else data
         parts.append(body if size == -1 or not body.size else pa.decompress(body, size, batch.codec))
     length = np.array([part.size for part in parts], np.int64)

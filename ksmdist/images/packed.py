@@ -2,7 +2,7 @@
 
 Sequential reading goes on where the last one ended; what lies before starts again at the frame it is in, or at the
 start. Raises ImageError: damaged or truncated data where the size is not known, more bytes than a file says it
-holds or than MOST_BYTES. Memory: one piece, and the decompressor's window, 128 MiB at most.
+holds, than MOST_BYTES or than claims.py allows. Memory: one piece, and the decompressor's window, 128 MiB at most.
 
 Formats: RFC 1952 (gzip), RFC 8878 (zstd), the .xz file format 1.2, LZ4 frame format 1.6.
 """
@@ -10,15 +10,18 @@ Formats: RFC 1952 (gzip), RFC 8878 (zstd), the .xz file format 1.2, LZ4 frame fo
 from __future__ import annotations
 
 import lzma
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import chain, islice, pairwise
+from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
 
 from ksmdist.errors import ImageError
+from ksmdist.images.claims import FREE_BYTES, MOST_RATIO, most_claimed
 from ksmdist.images.files import ImageFile, LocalFile
 from ksmdist.images.frames import SKIPPABLE, lz4_frames, xz_size, zstd_frames
 
@@ -61,11 +64,17 @@ class PackedFile:
         self._pieces: Iterator[memoryview] = iter(())
         self._left = memoryview(b"")
         self._at = -1  # byte that self._left begins with; -1: nothing was begun
-        self._damaged: list[int] = []  # bytes that could not be unpacked, nor what follows in their frames
+        self._damaged: list[int] = []  # ascending: bytes that could not be unpacked, nor what follows in their frames
+        self._most = min(MOST_BYTES, most_claimed(file.path, file.disk_nbytes))
         self.nbytes = unpacked or self._known() or self._counted()
         self.unpacked = self.nbytes
-        if self.nbytes > MOST_BYTES:
-            raise ImageError(f"holds more than {MOST_BYTES} bytes", self.path, "unpack it, and scan that")
+        if self.nbytes > self._most:
+            raise ImageError(
+                f"holds more than {self._most} bytes, the most that a compressed file of {self.disk_nbytes} may hold: "
+                f"{FREE_BYTES}, and {MOST_RATIO} times what is stored of it, up to {MOST_BYTES}",
+                self.path,
+                "it is damaged, or made to mislead; if it is right, unpack it, and scan that",
+            )
 
     def checked(self) -> None:
         """As of the file it is in."""
@@ -89,8 +98,8 @@ class PackedFile:
         end = min(offset + nbytes, self.nbytes)
         if offset >= end:
             return b""
-        start, at = max(known for known in self._starts if known[0] <= offset)
-        end = min([end, *(byte for byte in self._damaged if byte >= start)])
+        start, at = self._starts[bisect_right(self._starts, (offset, self._file.nbytes)) - 1]
+        end = min([end, *self._damaged[(first := bisect_left(self._damaged, start)) : first + 1]])
         if offset >= end:
             return b""
         if not start <= self._at <= offset:
@@ -109,13 +118,14 @@ class PackedFile:
             if end == self.nbytes and (self._left or any(self._pieces)):
                 raise ImageError("holds more bytes than it says", self.path, "take it again, or unpack it")
         except (StopIteration, *_Damage):
-            self._damaged.append(self._at)
+            insort(self._damaged, self._at)
             self._at = -1
         return found[0] if len(found) == 1 else b"".join(found)
 
     def resume(self, offset: int) -> int:
         """See Resumable: the start of the next frame."""
-        return min((start for start, _ in self._starts if start > offset), default=self.nbytes)
+        after = bisect_right(self._starts, (offset, self._file.nbytes))
+        return self._starts[after][0] if after < len(self._starts) else self.nbytes
 
     def _unpack(self, at: int) -> Iterator[memoryview]:
         """Pieces of what is held from the frame at byte `at` of the file on. Raises _Damage."""
@@ -128,8 +138,9 @@ class PackedFile:
     def _groups(self, at: int) -> Iterator[memoryview]:
         """The same of a zstd or lz4 file. Each start is begun at anew: what can be unpacked of damaged data must not
         depend on where reading began."""
-        number = [place for _, place in self._starts].index(at)
-        for (byte, place), (end, after) in pairwise([*self._starts[number:], (-1, self._file.nbytes)]):
+        number = bisect_left(self._starts, at, key=itemgetter(1))
+        ends = [(-1, self._file.nbytes)]
+        for (byte, place), (end, after) in pairwise(chain(islice(self._starts, number, None), ends)):
             done = byte
             for piece in _held_back(_decompressed(self._file, place, after - place, self._codec)):
                 done += len(piece)
@@ -143,7 +154,7 @@ class PackedFile:
         try:
             for piece in self._unpack(0):
                 total += len(piece)
-                if total > MOST_BYTES:
+                if total > self._most:
                     break
         except _Damage as error:
             said = " ".join(str(error).split())[:200]
@@ -160,10 +171,9 @@ class PackedFile:
             return xz_size(self._file)
         if self._codec == "gzip" or not isinstance(self._file, LocalFile):
             return 0
-        size, starts = zstd_frames(self._file) if self._codec == "zstd" else lz4_frames(self._file)
-        for start in starts:
-            if start[0] >= self._starts[-1][0] + _GROUP_BYTES:
-                self._starts.append(start)
+        frames = zstd_frames if self._codec == "zstd" else lz4_frames
+        size, starts = frames(self._file, _GROUP_BYTES)
+        self._starts = starts or self._starts
         return size
 
 

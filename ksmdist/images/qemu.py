@@ -16,6 +16,7 @@ import numpy as np
 
 from ksmdist.errors import ImageError
 from ksmdist.images.base import NEVER_TOUCHED, Format, Hole, Image, ImageInfo
+from ksmdist.images.claims import check_claim
 from ksmdist.images.extents import FILLED
 from ksmdist.images.files import ImageFile
 from ksmdist.images.libvirt import LIBVIRT, SavedDomain, saved_domain
@@ -40,6 +41,8 @@ def _open(file: ImageFile, page_size: int) -> Image:
         saved = saved_domain(file)
     file = saved.file
     stream = read_stream(file, saved.start, page_size)
+    if stream.mapped:  # before bitmaps are read: those of an empty file are clear, all zero pages
+        check_claim(sum(block.nbytes for block in stream.blocks), file.path, file.disk_nbytes)
     parts = placed(stream.machine, stream.blocks)
     if not parts:
         raise ImageError("has no RAM but of devices", file.path, "migrate the guest to a file again")
