@@ -20,8 +20,8 @@ MOST_RATIO = 1 << 15
 gzip's 1032, LZ4's 255 and xz's some 7000; the same for a bit of a bitmap for each page of 4 KiB."""
 
 FREE_BYTES = 1 << 36
-"""Bytes of memory that any file may say it holds: 64 GiB, the holes of which take a second, its zeros some ten. A
-file that was cut off says how much it held, and may be small."""
+"""Bytes of memory that any file may say it holds besides: 64 GiB. Measured: 4 GiB of an ELF core that is all holes are
+read in 3.6 s on two busy cores, so that these take a minute."""
 
 
 def most_claimed(path: str, nbytes: int) -> int:

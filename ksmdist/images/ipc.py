@@ -207,7 +207,7 @@ def unpacked(batch: RowBatch, read: Read) -> tuple[RowBatch, Read]:
     _check_sizes(sizes)
     for data, size in zip(found, sizes, strict=True):
         body = data.slice(8) if data.size >= 8 else data
-        parts.append(body if size == -1 or not body.size else pa.decompress(body, size, batch.codec))
+        parts.append(body if size == -1 or not body.size else _decompressed(body, size, batch.codec))
     length = np.array([part.size for part in parts], np.int64)
     offset = np.cumsum(length) - length
 
@@ -219,6 +219,16 @@ def unpacked(batch: RowBatch, read: Read) -> tuple[RowBatch, Read]:
         ]
 
     return RowBatch(batch.rows, batch.nulls, offset, length, ""), within
+
+
+def _decompressed(body: pa.Buffer, size: int, codec: str) -> pa.Buffer:
+    """What a buffer unpacks to. Not pa.decompress(): where that is less than `size`, it has what the memory had before
+    at its end, and says nothing. Raises ValueError, OSError."""
+    with pa.CompressedInputStream(pa.BufferReader(body), codec) as stream:
+        data = stream.read_buffer(size + 1)
+    if data.size != size:
+        raise ValueError(f"a compressed buffer does not unpack to the {size} bytes that it says")
+    return data
 
 
 def dictionary_of(batch: RowBatch, read: Read) -> pa.Array:
@@ -254,6 +264,8 @@ def part_of(batch: RowBatch, schema: pa.Schema, dictionary: pa.Array, start: int
     n = end - start
     if not 0 <= start < end <= batch.rows:
         raise ValueError("rows past the end of a record batch")
+    if len(batch.nulls) != len(schema):
+        raise ValueError("a record batch of other columns")
     wanted: list[tuple[int, int]] = []
     buffer = binary = 0
     for column, field in enumerate(schema):
