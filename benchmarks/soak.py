@@ -57,7 +57,15 @@ _NODE_MEMORY_BYTES = 2 << 30
 _TASKS_REMEMBERED = 1000
 _SOCKETS_OF_A_RAYLET = 0.5  # a driver without ksmdist had 8 more after 20 killed raylets
 _FILES_OF_A_RAYLET = 8  # sockets and port files, which a killed raylet cannot take away
-_NEXT = {"start": "open", "open": "scan", "scan": "merge", "merge": "relate", "relate": "count", "count": "end"}
+_NEXT = {
+    "start": "open",
+    "open": "scan",
+    "scan": "confirm",
+    "confirm": "merge",
+    "merge": "relate",
+    "relate": "count",
+    "count": "end",
+}
 _OF_THIS_RUN = ("engine", "timings")
 _OF_THIS_RUN_IN_SUMMARY = ("engine", "engine_why", "run")
 
@@ -419,7 +427,8 @@ def soak(options: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, 
     raylets = sum(kill["kind"] == "raylet" for kill in kills)
     watch.series["Ray's temporary directory, without logs, files"].bound += _FILES_OF_A_RAYLET * raylets
     for name in ("driver", "head's gcs_server", "head's raylet"):
-        watch.series[f"{name}, sockets"].bound += _SOCKETS_OF_A_RAYLET * raylets
+        if f"{name}, sockets" in watch.series:  # a driver that ended before its first run has none
+            watch.series[f"{name}, sockets"].bound += _SOCKETS_OF_A_RAYLET * raylets
     grown = [series.growth(window) for series in watch.series.values()]
     broken += [f"grows: {one['name']}, {one['unit']}: {one['rise']}" for one in grown if one["held"] is False]
     broken += [f"unknown whether it grows: {one['name']}, {one['unit']}" for one in grown if one["held"] is None]

@@ -166,13 +166,15 @@ class Candidates:
 
 
 def candidates(found: Claims, within: bool) -> Candidates:
-    """A page of each task for each digest: its first; by task, image and address.
+    """The pages of each digest to look at, by task, image and address.
 
-    within: of a digest that one task alone has, its first page and its last; without it, none, since that task has
-    compared its pages itself.
+    within: for `hash`: the first page in each image of each task; where that is one, the last too. Without it, the
+    first in each task, of digests that several have: a task has compared its pages itself.
     """
     new = np.ones(len(found.group), bool)
     new[1:] = (np.diff(found.group) != 0) | (np.diff(found.task) != 0)
+    if within:
+        new[1:] |= np.diff(found.image) != 0
     tasks = np.bincount(found.group[new], minlength=found.contents)
     lone = tasks[found.group] == 1
     firsts = np.flatnonzero(new & (~lone | within))

@@ -118,11 +118,7 @@ def _read(path: Path) -> Key:
         finally:
             os.close(fd)
     except OSError as error:
-        raise SettingsError(
-            f"cannot be read: {os.strerror(error.errno or 0)}",
-            str(path),
-            f"give a key with --key-file or {VARIABLE}, or run with --no-key",
-        ) from None
+        raise _wanting(path, "read", error) from None
     return Key.of(_parsed(text.decode("ascii", "replace"), str(path)), str(path))
 
 
@@ -151,8 +147,12 @@ def _make(path: Path) -> None:
         finally:
             os.unlink(name)
     except OSError as error:
-        raise SettingsError(
-            f"cannot be made: {os.strerror(error.errno or 0)}",
-            str(path),
-            f"give a key with --key-file or {VARIABLE}, or run with --no-key",
-        ) from None
+        raise _wanting(path, "made", error) from None
+
+
+def _wanting(path: Path, what: str, error: OSError) -> SettingsError:
+    return SettingsError(
+        f"cannot be {what}: {os.strerror(error.errno or 0)}",
+        str(path),
+        f"give a key with --key-file or {VARIABLE}, or run with --no-key",
+    )

@@ -292,7 +292,8 @@ def _flow(
         for task in planned.tasks
     ]
     known = [(number, hole) for number, image in enumerate(opened) for hole in image.holes]
-    mapped = scans.scan_all(planned, tasks, infos, names, directory, key.digester, not levels, runner, progress, clock)
+    work = scans.Map(planned, tasks, infos, names, directory, not levels, runner, progress, clock)
+    mapped = scans.scan_all(work, key.digester)
     found, holes, digester = mapped.found, known + mapped.holes, mapped.digester
     written = scans.combine_all(levels, directory, settings, mapped.written, runner, progress, clock)
     history.add({number: image.number for number, image in enumerate(opened)}, [one.compared for one in found])

@@ -27,7 +27,7 @@ from ksmdist.settings import Settings
 from ksmdist.tables import CANDIDATE, WITNESS
 from ksmdist.timings import Clock, Progress
 
-__all__ = ["Scans", "Written", "combine_all", "describe", "scan_all"]
+__all__ = ["Map", "Scans", "Written", "combine_all", "describe", "scan_all"]
 
 _CHUNKS_AT_ONCE = 8  # whose pages are in the driver at the same time: 16 MiB each at the most
 
@@ -69,41 +69,48 @@ class Scans:
     confirmed: Confirmed = field(default_factory=Confirmed)
 
 
-def scan_all(
-    planned: Plan,
-    scans: Sequence[stages.Scan],
-    infos: Sequence[ImageInfo],
-    names: Sequence[str],
-    directory: Path,
-    digester: Digester,
-    keep: bool,
-    runner: Engine,
-    progress: Progress,
-    clock: Clock,
-) -> Scans:
+@dataclass(frozen=True, slots=True)
+class Map:
+    """What the map works on. tasks: the scans; infos: of all images; names: of all regions.
+
+    keep: whether merges read the results of scans themselves, where `Written.offsets` are needed
+    """
+
+    planned: Plan
+    tasks: Sequence[stages.Scan]
+    infos: Sequence[ImageInfo]
+    names: Sequence[str]
+    directory: Path
+    keep: bool
+    runner: Engine
+    progress: Progress
+    clock: Clock
+
+
+def scan_all(work: Map, digester: Digester) -> Scans:
     """Scan, confirm, and scan again as long as contents are found that have one digest.
 
-    scans: the tasks; infos: of all images; names: of all regions; digester: with the seeds; keep: whether merges read
-    these results themselves, where `Written.offsets` are needed.
+    digester: with the seeds.
     """
-    settings = planned.settings
-    state = _State.read(directory)
+    settings = work.planned.settings
+    state = _State.read(work.directory)
     while True:
         digester = replace(digester, collided=state.collided)
-        done = _scan(planned, scans, infos, names, directory, digester, keep, runner, progress, clock)
+        done = _scan(work, digester)
         if settings.verify == "none":
             return done
         if state.confirmed is None:
-            found = _confirm(planned, scans, infos, directory, done, runner) + done.confirmed
-            clock.lap("confirm", f"{found.contents:,} contents by {settings.verify}, {found.pages:,} pages", progress)
+            found = _confirm(work, done) + done.confirmed
+            said = f"{found.contents:,} contents by {settings.verify}, {found.pages:,} pages"
+            work.clock.lap("confirm", said, work.progress)
             if found.collided.size:
                 state = _State(state.collided | found.digests(), None)
-                state.write(directory)
-                progress.stage(f"confirm: {len(state.collided):,} digests are of several contents: scanning again")
+                state.write(work.directory)
+                work.progress.stage(f"confirm: {len(state.collided):,} digests are of several contents: scanning again")
                 continue
             state = _State(state.collided, found)
-            state.write(directory)
-            checkpoint.drop_related(directory, CANDIDATE.name, WITNESS.name)
+            state.write(work.directory)
+            checkpoint.drop_related(work.directory, CANDIDATE.name, WITNESS.name)
         assert state.confirmed is not None
         done.confirmed = replace(state.confirmed, collided=_rows(state.collided))
         return done
@@ -146,22 +153,11 @@ class _State:
         store.write_text(json.dumps(fields), directory / "work", "confirmed.json")
 
 
-def _scan(
-    planned: Plan,
-    scans: Sequence[stages.Scan],
-    infos: Sequence[ImageInfo],
-    names: Sequence[str],
-    directory: Path,
-    digester: Digester,
-    keep: bool,
-    runner: Engine,
-    progress: Progress,
-    clock: Clock,
-) -> Scans:
-    settings = planned.settings
+def _scan(work: Map, digester: Digester) -> Scans:
+    settings = work.planned.settings
     assert settings.ranges is not None
-    written = Written(len(scans), settings.ranges, keep or settings.verify != "none")
-    done = Scans([Scanned.nothing(info, settings) for info in infos], [], written, digester)
+    written = Written(len(work.tasks), settings.ranges, work.keep or settings.verify != "none")
+    done = Scans([Scanned.nothing(info, settings) for info in work.infos], [], written, digester)
 
     def on_scanned(number: int, result: stages.Result) -> None:
         for image, of_image in result.mapped.images.items():
@@ -170,7 +166,9 @@ def _scan(
         done.confirmed += result.mapped.confirmed
         done.written.add(number, result.written)
         done.again += result.again
-        progress.scanned(0 if digester.collided else result.mapped.pages)
+        work.progress.scanned(0 if digester.collided else result.mapped.pages)
+
+    directory = work.directory  # all that node_of() takes along: it goes to workers with the stage
 
     def node_of(scan: stages.Scan) -> str:
         """The node that must scan it: any, where that is done, and well, and only its mark has to be read."""
@@ -178,23 +176,24 @@ def _scan(
             return scan.task.node
         return ""
 
-    _need_nodes(runner, scans, node_of)
-    runner.run(
+    _need_nodes(work.runner, work.tasks, node_of)
+    work.runner.run(
         Stage(
             "scan",
-            functools.partial(stages.scan, directory, names, settings, digester, stages.read_shards),
+            functools.partial(stages.scan, work.directory, work.names, settings, digester, stages.read_shards),
             describe,
             node_of,
             _figures,
-            planned.scan_memory,
+            work.planned.scan_memory,
             False,
         ),
-        scans,
+        work.tasks,
         on_scanned,
     )
-    pages = sum(scan.task.pages for scan in scans)
+    pages = sum(scan.task.pages for scan in work.tasks)
     kept = f", {done.again} of them finished before" if done.again else ""
-    clock.lap("scan", f"{len(scans)} tasks{kept}, {pages:,} pages", progress, pages * settings.page_size)
+    said = f"{len(work.tasks)} tasks{kept}, {pages:,} pages"
+    work.clock.lap("scan", said, work.progress, pages * settings.page_size)
     return done
 
 
@@ -220,30 +219,23 @@ def describe(scan: stages.Scan) -> str:
     return f"scan {where} to {scan.images[last.image].image_id} [{last.start}, {last.end})"
 
 
-def _confirm(
-    planned: Plan,
-    scans: Sequence[stages.Scan],
-    infos: Sequence[ImageInfo],
-    directory: Path,
-    done: Scans,
-    runner: Engine,
-) -> Confirmed:
+def _confirm(work: Map, done: Scans) -> Confirmed:
     """Look at pages again of all that seems to be held twice or more."""
-    settings = planned.settings
+    settings = work.planned.settings
     assert settings.task_memory is not None
-    if not scans:
+    if not work.tasks:
         return Confirmed()
     pieces = plan.cut_ranges(done.written.rows, plan.share(settings.task_memory))
     offsets = done.written.offsets
-    nodes = [""] * len(infos)
-    for scan in scans:
+    nodes = [""] * len(work.infos)
+    for scan in work.tasks:
         for shard in scan.task.shards:
             nodes[shard.image] = scan.task.node
     found = _run(
-        runner,
+        work.runner,
         Stage(
             "find",
-            functools.partial(confirm.find, directory, settings, nodes, len(scans)),
+            functools.partial(confirm.find, work.directory, settings, nodes, len(work.tasks)),
             lambda task: f"find what to confirm in range {task.piece.number + 1}/{len(pieces)}",
             engines.any_node,
             lambda result: {"pages": result.confirmed.pages},
@@ -254,61 +246,51 @@ def _confirm(
     total = sum((one.confirmed for one in found), Confirmed())
     if settings.verify == "bytes":
         chunks = [chunk for one in found for chunk in one.chunks]
-        return total + _compare(chunks, confirm.Images(infos, nodes), directory, planned, runner)
-    return total + _witness([one.offsets for one in found], scans, infos, directory, planned, done.digester, runner)
+        return total + _compare(work, chunks, confirm.Images(work.infos, nodes))
+    return total + _witness(work, [one.offsets for one in found], done.digester)
 
 
-def _witness(
-    offsets: Sequence[np.ndarray],
-    scans: Sequence[stages.Scan],
-    infos: Sequence[ImageInfo],
-    directory: Path,
-    planned: Plan,
-    digester: Digester,
-    runner: Engine,
-) -> Confirmed:
+def _witness(work: Map, offsets: Sequence[np.ndarray], digester: Digester) -> Confirmed:
     """Another hash of the candidates; offsets: of each piece, where those of each scan are."""
     whole = np.stack(offsets)
     tasks = [
         confirm.Witness(
             scan.task,
-            {shard.image: infos[shard.image] for shard in scan.task.shards},
+            {shard.image: work.infos[shard.image] for shard in scan.task.shards},
             whole[:, number : number + 2],
         )
-        for number, scan in enumerate(scans)
+        for number, scan in enumerate(work.tasks)
     ]
     said = _run(
-        runner,
+        work.runner,
         Stage(
             "witness",
-            functools.partial(confirm.witness, directory, digester),
+            functools.partial(confirm.witness, work.directory, digester),
             lambda task: f"confirm contents of scan {task.task.number}",
             lambda task: task.task.node,
             lambda result: {"unread": result[1]},
-            planned.scan_memory,
+            work.planned.scan_memory,
             False,
         ),
         tasks,
     )
     at = np.stack([one[0] for one in said])
     collided = _run(
-        runner,
+        work.runner,
         Stage(
             "agree",
-            functools.partial(confirm.agree, directory),
+            functools.partial(confirm.agree, work.directory),
             lambda task: "compare hashes of a range",
             engines.any_node,
             lambda result: {"collided": len(result)},
-            planned.scan_memory,
+            work.planned.scan_memory,
         ),
         [confirm.Agree(at[:, number : number + 2]) for number in range(len(offsets))],
     )
     return Confirmed(0, 0, sum(one[1] for one in said), np.concatenate(collided))
 
 
-def _compare(
-    chunks: Sequence[confirm.Chunk], images: confirm.Images, directory: Path, planned: Plan, runner: Engine
-) -> Confirmed:
+def _compare(work: Map, chunks: Sequence[confirm.Chunk], images: confirm.Images) -> Confirmed:
     """Compare the pages of chunks of contents, on the nodes that have them; first pages on others are shipped."""
     total = Confirmed()
     for some in _batched(chunks):
@@ -318,14 +300,14 @@ def _compare(
             for node in sorted({first for first, other in chunk.nodes if first != other})
         ]
         pages = _run(
-            runner,
+            work.runner,
             Stage(
                 "ship",
-                functools.partial(confirm.ship, directory, images),
+                functools.partial(confirm.ship, work.directory, images),
                 lambda task: f"read contents that {task.node} has",
                 lambda task: task.node,
                 lambda result: {"pages": len(result.place)},
-                planned.scan_memory,
+                work.planned.scan_memory,
                 False,
             ),
             [confirm.Compare(some[number], node) for number, node in away],
@@ -337,14 +319,14 @@ def _compare(
                 shipped = [one for (of, at), one in zip(away, pages, strict=True) if of == number and at in firsts]
                 tasks.append(confirm.Compare(chunk, node, tuple(shipped)))
         compared = _run(
-            runner,
+            work.runner,
             Stage(
                 "compare",
-                functools.partial(confirm.compare, directory, planned.settings.page_size, images),
+                functools.partial(confirm.compare, work.directory, work.planned.settings.page_size, images),
                 lambda task: "compare the pages of contents",
                 lambda task: task.node,
                 lambda result: {"unread": result.unread},
-                planned.scan_memory,
+                work.planned.scan_memory,
                 False,
             ),
             tasks,

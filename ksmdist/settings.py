@@ -51,7 +51,7 @@ class Settings:
     contents:             most rows of table contents, 0 or more
     checksums:            keep each page's checksum, so that a later run can say what changed
     verify:               how equal digests are confirmed to be equal pages: `none`; `hash`: by another hash, of a page
-                          of each shard that holds the content; `bytes`: as the kernel does, by the pages themselves
+                          of each shard that has the content; `bytes`: as the kernel does, by the pages themselves
     fan_in:               most files of scan results that a merge reads; where there are more, they are
                           combined first. 2 or more
 

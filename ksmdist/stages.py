@@ -421,7 +421,9 @@ def relate(directory: Path, settings: Settings, image_ids: Sequence[str], task: 
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """A task of inspect: contents, by row of totals.Top, to be looked at where their first page is.
+    """A task of inspect, or of tenants.look: contents whose first page is to be read again.
+
+    They are known by row of totals.Top, or of `rare_content`.
 
     infos: by number of the image; rows, image: int64[n]; address: uint64[n]; digest: uint8[n, 16]
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from ksmdist.engines import Engine, Stage, any_node
 from ksmdist.errors import EngineError, ImageError
 from ksmdist.exposure import MOST_RARE, TenantPairs, tenant_groups
 from ksmdist.groups import count_rows
-from ksmdist.images import ImageInfo
 from ksmdist.reads import read_again
 from ksmdist.scanned import Opened
+from ksmdist.stages import Inspect
 from ksmdist.tables import EXPOSURE, RARE_CONTENT, TENANT_SET
 from ksmdist.timings import Progress
 
@@ -35,22 +35,7 @@ _LOOKS_A_TASK = 1024  # 4 MiB of 4 KiB pages
 _UNKNOWN = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """Rare contents whose first page is to be read again on a node: rows of `rare_content`, by image and address.
-
-    infos: by number of the image; rows, image: int64[n]; address: uint64[n]; digest: uint8[n, 16]
-    """
-
-    node: str
-    infos: Mapping[int, ImageInfo]
-    rows: np.ndarray
-    image: np.ndarray
-    address: np.ndarray
-    digest: np.ndarray
-
-
-def look(digester: Digester, task: Look) -> np.ndarray:
+def look(digester: Digester, task: Inspect) -> np.ndarray:
     """int8[n]: the entropy_classes() of these contents; 3 where the page is there no more, or is another by now."""
     found = np.full(len(task.rows), _UNKNOWN, np.int8)
     for number in np.unique(task.image).tolist():
@@ -160,7 +145,7 @@ def _looked_at(
         for at in range(0, len(rows) if not node or node in there else 0, _LOOKS_A_TASK):
             some = rows[at : at + _LOOKS_A_TASK]
             infos = {number: opened[number].info for number in np.unique(image[some]).tolist()}
-            tasks.append(Look(node, infos, some, image[some].astype(np.int64), address[some], digest[some]))
+            tasks.append(Inspect(node, infos, some, image[some].astype(np.int64), address[some], digest[some]))
     if not tasks:
         return classes
 

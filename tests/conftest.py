@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,29 @@ def page(word: int) -> bytes:
 def digest(content: bytes) -> bytes:
     """A page's digest under the key of the tests."""
     return xxhash.xxh3_128_digest(content, seed=DIGESTER.seed)
+
+
+def key_forms() -> list[bytes]:
+    """The key of the tests and the seeds that come from it, as programs write them down."""
+    key = os.environ[keys.VARIABLE]
+    forms = [key.encode(), bytes.fromhex(key)]
+    for number, nbytes in ((DIGESTER.seed, 8), (DIGESTER.witness_seed, 4)):
+        forms += [f"{number:x}".encode(), str(number).encode()]
+        forms += [number.to_bytes(nbytes, "big"), number.to_bytes(nbytes, "little")]
+    return forms
+
+
+def in_a_process(code: str, *arguments: object) -> Any:
+    """What Python code, with the tests at hand and `arguments` as argv[1:], prints as JSON: a crash is its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 def elf_core(

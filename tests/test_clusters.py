@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import ray
 from ray import cloudpickle
 
 import ksmdist
-from ksmdist import pipeline, plan, stages
+from ksmdist import pipeline, plan, scans, stages
 from ksmdist.engines import ray as engine
 from ksmdist.errors import EngineError, SettingsError
 from ksmdist.settings import Settings
@@ -178,6 +179,24 @@ def test_progress_of_all_nodes_comes_to_one_place(two: str, tmp_path: Path) -> N
     ksmdist.run(sources, tmp_path / "run", SETTINGS, "ray", two, progress=Watch())
     assert seen == [4] * faults.TASKS
     assert lines == ["start", "open", "scan", "confirm", "merge", "relate", "count"]
+
+
+def test_pages_on_two_nodes_are_compared(
+    two: str, tmp_path: Path, unharmed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = faults.images(tmp_path)
+    run, tasks = scans._run, dict[str, int]()
+
+    def noted(runner: Any, stage: Any, some: Sequence[Any]) -> Any:
+        tasks[stage.name] = tasks.get(stage.name, 0) + len(some)
+        return run(runner, stage, some)
+
+    monkeypatch.setattr(scans, "_run", noted)
+    chosen = replace(SETTINGS, verify="bytes")
+    done = ksmdist.run([f"node://blue{one}", f"node://green{other}"], tmp_path / "run", chosen, "ray", two)
+    assert table_files(done.path) == unharmed
+    assert tasks["ship"] > 0 < tasks["compare"]
+    assert (done.summary["verified"]["unread"], done.summary["verified"]["collided"]) == (0, 0)
 
 
 def test_metrics_of_tasks_are_rays_metrics(two: str, tmp_path: Path) -> None:

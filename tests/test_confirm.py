@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import xxhash
@@ -21,7 +22,7 @@ from ksmdist import confirm, digests, pipeline, reads, scans
 from ksmdist.digests import Digester
 from ksmdist.settings import Settings
 
-from .conftest import PAGE, ZERO, page
+from .conftest import DIGESTER, PAGE, ZERO, page
 
 CONTENTS = [ZERO, b"\x6b" * PAGE, *(page(word) for word in range(1, 600))]
 
@@ -34,6 +35,10 @@ def weak(bits: int) -> Callable[..., bytes]:
         return (xxhash.xxh3_128_intdigest(content, seed) & keep).to_bytes(16, "big")
 
     return digest
+
+
+def digest_of(content: bytes) -> bytes:
+    return DIGESTER.digest(np.frombuffer(content, np.uint8).reshape(1, -1)).tobytes()
 
 
 @pytest.fixture
@@ -105,6 +110,19 @@ def test_a_second_hash_sees_what_two_pages_of_a_content_show(images: list[Path],
     assert done.summary["verified"]["collided"] >= 150
     assert done.summary["pages"]["zero"] == truth[ZERO]
     assert copies(done.path) == sorted((kind_of(content), n) for content, n in truth.items() if n > 1)
+
+
+def test_each_image_shows_a_page_though_one_task_scans_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "_page_digest", weak(1))
+    zero = digest_of(ZERO)  # of one bit, which the other half of all pages has
+    one, other = [page(word) for word in range(20) if digest_of(page(word)) != zero][:2]
+    images = []
+    for number, content in enumerate((one, other, one)):
+        images.append(tmp_path / f"vm{number}.raw")
+        images[-1].write_bytes(content)
+    done = ksmdist.run(images, tmp_path / "out", Settings(), engine="inline")
+    assert done.summary["verified"] == {"verify": "hash", "contents": 1, "pages": 2, "unread": 0, "collided": 1}
+    assert copies(done.path) == [("other", 2)]
 
 
 @pytest.mark.usefixtures("eight_bits")
@@ -214,8 +232,6 @@ def test_a_page_that_cannot_be_read_again_is_not_confirmed(
 
 def test_what_collided_gets_names_of_its_own() -> None:
     rows = [page(1), page(2), page(1)]
-    import numpy as np
-
     pages = np.frombuffer(b"".join(rows), np.uint8).reshape(3, PAGE)
     plain = Digester(7, 9)
     names = [row.tobytes() for row in plain.digest(pages)]

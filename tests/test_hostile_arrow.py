@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import struct
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from ksmdist.images.arrow import StoredArrowImage
 from ksmdist.images.files import LocalFile
 from ksmdist.tables import MEMORY_IMAGE
 
-from .conftest import PAGE, arrow_image, eligible, page
+from .conftest import PAGE, arrow_image, eligible, in_a_process, page
 from .readers import checked_pages, exercise, pages_of
 
 ROWS = [(n * PAGE, page(n % 5), eligible(), n, ("heap", "stack")[n % 2], 0) for n in range(7)]
@@ -119,15 +118,7 @@ def flip(folder: Path, seeds: range) -> None:
 def test_other_bytes_are_refused_or_read(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from tests.test_hostile_arrow import flip; "
     code += "flip(Path(sys.argv[1]), range(1200))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        cwd=Path(__file__).parents[1],
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ended = json.loads(done.stdout)
+    ended = in_a_process(code, tmp_path)
     for form in ("file", "lz4", "zstd"):
         assert min(ended[form].values()) > 20, ended
     # A stream has no footer, and is no image; cut off after whole pages it is raw memory like any file.

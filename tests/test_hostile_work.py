@@ -6,8 +6,6 @@ import json
 import os
 import random
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from ksmdist.errors import KsmdistError, RunDirectoryError
 from ksmdist.passes import Compared
 from ksmdist.tables import CHECKSUMS, IMAGE_SET, SHARD_CONTENT
 
-from .conftest import page, table_files
+from .conftest import in_a_process, page, table_files
 
 ROWS = 20
 
@@ -190,15 +188,7 @@ def flip(folder: Path, seeds: range) -> None:
 def test_other_bytes_are_refused_or_read(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from tests.test_hostile_work import flip; "
     code += "flip(Path(sys.argv[1]), range(1500))"
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        cwd=Path(__file__).parents[1],
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    ended = json.loads(done.stdout)
+    ended = in_a_process(code, tmp_path)
     assert min(ended.values()) > 100
 
 

@@ -15,7 +15,7 @@ from ksmdist import checkpoint, keys, pipeline, stages
 from ksmdist.errors import RunDirectoryError, SettingsError
 from ksmdist.settings import Settings
 
-from .conftest import ZERO, MakeImage, invoke, page
+from .conftest import ZERO, MakeImage, invoke, key_forms, page
 
 OTHER = "c3" * keys.KEY_BYTES
 Tables = Callable[[Path], dict[str, bytes]]
@@ -131,13 +131,7 @@ def test_a_run_is_not_taken_up_under_another_key(
 
 def test_the_key_is_in_no_file_of_a_run(make_raw: MakeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = make_raw("a.raw", [page(1), page(1), ZERO])
-    key = keys.load()
-    forms = {key.digester.seed, key.digester.witness_seed}
-    needles = [os.environ[keys.VARIABLE].encode(), bytes.fromhex(os.environ[keys.VARIABLE])]
-    for number in forms:
-        nbytes = 8 if number >> 32 else 4
-        needles += [f"{number:x}".encode(), str(number).encode()]
-        needles += [number.to_bytes(nbytes, order) for order in ("big", "little")]
+    needles = key_forms()
     with monkeypatch.context() as patch:
         patch.setattr(stages, "merge", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

@@ -27,7 +27,7 @@ from ksmdist.engines import Stage, any_node, figures_of_nothing
 from ksmdist.errors import EngineError, ImageError
 from ksmdist.settings import VERIFY
 
-from .conftest import PAGE, ZERO, arrow_image, elf_core, eligible, invoke, page, printed, unavailable
+from .conftest import PAGE, ZERO, arrow_image, elf_core, eligible, invoke, key_forms, page, printed, unavailable
 from .kdump_files import kdump
 from .qemu_files import Stream, migrated
 
@@ -326,6 +326,9 @@ def test_no_page_bytes_in_what_ray_writes(
         assert any(session.rglob("worker-*"))  # its logs
         assert leaks(session) == []
         assert leaks(tmp_path) == []
+        logs = b"".join(path.read_bytes() for path in session.rglob("*") if path.is_file() and not path.is_symlink())
+        assert len(logs) > 10_000
+        assert not [form for form in key_forms() if form in logs]
         for verify in VERIFY:
             assert leaks(tmp_path / verify, strict=True) == []
             assert open_to_others(tmp_path / verify) == []

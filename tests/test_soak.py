@@ -107,8 +107,9 @@ def test_a_driver_that_has_joined_stays(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_short_soak(tmp_path: Path) -> None:
     """`make soak` for less than a minute: kills in a scan and a merge, raylets too; tables equal, nothing left."""
-    command = [sys.executable, "benchmarks/soak.py", "--seconds", "40", "--every", "10", "--seed", "1"]
-    command += ["--pages", "16384", "--links", "24", "--out", str(tmp_path / "soak")]
+    command = [sys.executable, "benchmarks/soak.py", "--seconds", "30", "--every", "7", "--seed", "1"]
+    # Two ranges: a merge that is seen while it lasts.
+    command += ["--pages", "16384", "--links", "24", "--ranges", "2", "--out", str(tmp_path / "soak")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290, env=environment)
