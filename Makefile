@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRATCH ?= /tmp/ksmdist-bench
 FUZZ_SECONDS ?= 600
+WAITING := ray or kernel or producers or browser
 EPOCH = $${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2> /dev/null || echo 1735689600)}
 
 .DEFAULT_GOAL := help
@@ -30,8 +31,8 @@ fuzz: setup     ## each reader of images fuzzed for ten minutes, two at a time (
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r fuzz/atheris.txt
 	$(BIN)/python fuzz/readers.py list | xargs -P 2 -I TARGET nice $(BIN)/python fuzz/readers.py TARGET --seconds $(FUZZ_SECONDS)
 
-test: setup     ## the tests
-	$(BIN)/python -m pytest -q
+test: setup     ## the tests, those that wait for clusters, the kernel or a browser beside the others
+	@printf '%s\0' 'not ($(WAITING))' '$(WAITING)' | xargs -0 -P 2 -I MARKS $(BIN)/python -m pytest -q -m MARKS
 
 lint: setup     ## style, types, import directions
 	$(BIN)/ruff check .

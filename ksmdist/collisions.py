@@ -147,7 +147,7 @@ def _none() -> Claims:
 class Candidates:
     """The pages to look at: columns of table `candidate`, and task: int64[n], ascending.
 
-    group: int64[n], number of the digest; contents: digests that are looked at
+    group: int64[n], number of the digest
     """
 
     digest: np.ndarray
@@ -155,7 +155,6 @@ class Candidates:
     task: np.ndarray
     image: np.ndarray
     address: np.ndarray
-    contents: int
 
     def table(self, which: np.ndarray | slice) -> pa.Table:
         """Rows of table `candidate`."""
@@ -185,8 +184,7 @@ def candidates(found: Claims, within: bool) -> Candidates:
     address = np.concatenate((found.first[firsts], found.last[lasts]))
     order = np.lexsort((address, found.image[at], found.task[at]))
     at, address = at[order], address[order]
-    looked = found.contents if within else int((tasks >= 2).sum())
-    return Candidates(found.digest[at], found.group[at], found.task[at], found.image[at], address, looked)
+    return Candidates(found.digest[at], found.group[at], found.task[at], found.image[at], address)
 
 
 def contradicted(digest: np.ndarray, witness: np.ndarray, read: np.ndarray) -> np.ndarray:

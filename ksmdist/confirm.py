@@ -48,18 +48,18 @@ _CHUNK_CONTENTS = 4096  # whose pages are shipped at once: 16 MiB of 4 KiB pages
 
 
 def within(content: Sequence[pa.Table], infos: Mapping[int, ImageInfo], page_size: int, most_bytes: int) -> Confirmed:
-    """Compare the pages of a task's scan that have one digest, each with the first of them.
+    """Compare the pages of a task's scan that have one digest, each with the first of them; find() counts the contents.
 
     content: `shard_content`, a row a page but for zero pages; most_bytes: of pages held at once.
     """
     found = collisions.claims(content, range(len(content)), page_size)
     edges = np.searchsorted(found.group, np.arange(found.contents + 1))
     step = max(1, most_bytes // page_size)
-    total = Confirmed(found.contents, 0, 0, found.collided)
+    total = Confirmed(collided=found.collided)
     for first in range(0, found.contents, step):
         rows = slice(edges[first], edges[min(first + step, found.contents)])
         looked = _compared(infos, found.image[rows], found.first[rows], found.group[rows] - first, page_size)
-        total += looked.of(found.digest[rows], 0)
+        total += looked.of(found.digest[rows])
     return total
 
 
@@ -71,11 +71,11 @@ class _Looked:
     unlike: np.ndarray
     read: np.ndarray
 
-    def of(self, digest: np.ndarray, contents: int) -> Confirmed:
+    def of(self, digest: np.ndarray) -> Confirmed:
         """digest: uint8[n, 16], by row."""
         collided = np.zeros(len(self.unlike), np.int64)
         collided[self.group] = np.arange(len(self.group))
-        return Confirmed(contents, len(self.read), int((~self.read).sum()), digest[collided[self.unlike]])
+        return Confirmed(0, len(self.read), int((~self.read).sum()), digest[collided[self.unlike]])
 
 
 def _compared(
@@ -150,7 +150,7 @@ def find(directory: Path, settings: Settings, nodes: Sequence[str], tasks: int, 
     claims = collisions.claims(tables, numbers, settings.page_size)
     del tables
     found = collisions.candidates(claims, settings.verify == "hash")
-    looked = Confirmed(found.contents, len(found.group), 0, claims.collided)
+    looked = Confirmed(claims.contents, len(found.group), 0, claims.collided)
     path = _file(directory, CANDIDATE.name, task.piece.number)
     if settings.verify == "hash":
         edges = np.searchsorted(found.task, np.arange(tasks + 1)).tolist()
@@ -317,5 +317,5 @@ def compare(directory: Path, page_size: int, images: Images, task: Compare) -> C
         at = np.flatnonzero(here & ~new)
         lost = int((~has_first[np.unique(content[at])]).sum())
         looked = _compared(infos, image[at], address[at], content[at], page_size, first, has_first)
-    told = looked.of(digest[at], 0)
+    told = looked.of(digest[at])
     return Confirmed(0, 0, told.unread + lost, told.collided)

@@ -194,7 +194,8 @@ def test_pages_on_two_nodes_are_compared(
     monkeypatch.setattr(scans, "_run", noted)
     chosen = replace(SETTINGS, verify="bytes")
     done = ksmdist.run([f"node://blue{one}", f"node://green{other}"], tmp_path / "run", chosen, "ray", two)
-    assert table_files(done.path) == unharmed
+    found = table_files(done.path)
+    assert {name for name in found if found[name] != unharmed[name]} == {"images.parquet"}  # it names the hosts
     assert tasks["ship"] > 0 < tasks["compare"]
     assert (done.summary["verified"]["unread"], done.summary["verified"]["collided"]) == (0, 0)
 
