@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRATCH ?= /tmp/ksmdist-bench
 FUZZ_SECONDS ?= 600
-WAITING := ray or kernel or producers or browser
+WAITING := ray or kernel or live or producers or browser
 EPOCH = $${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2> /dev/null || echo 1735689600)}
 
 .DEFAULT_GOAL := help

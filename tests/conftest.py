@@ -47,6 +47,13 @@ def digest(content: bytes) -> bytes:
     return xxhash.xxh3_128_digest(content, seed=DIGESTER.seed)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `live` what makes mergeable memory: no test of the kernel may run beside it."""
+    for item in items:
+        if "start" in getattr(item, "fixturenames", ()):
+            item.add_marker("live")
+
+
 def key_forms() -> list[bytes]:
     """The key of the tests and the seeds that come from it, as programs write them down."""
     key = os.environ[keys.VARIABLE]
