@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,18 @@ class Target:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         self.told: dict[str, int] = json.loads(line)
+        self._settled()
+
+    def _settled(self) -> None:
+        """Wait until it sleeps and faults no more: to print, and to begin to read, takes a page or two."""
+        before, until = "", time.monotonic() + 5
+        while time.monotonic() < until:
+            state, *fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            faults = fields[6]  # minflt, proc_pid_stat(5)
+            if state == "S" and faults == before:
+                return
+            before = faults
+            time.sleep(0.01)
 
     def do(self, line: str) -> None:
         assert self.process.stdin is not None
